@@ -1,0 +1,1 @@
+"""Configs mmft ships."""

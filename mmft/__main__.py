@@ -1,0 +1,5 @@
+"""`python -m mmft`."""
+
+from mmft.cli import main
+
+main()

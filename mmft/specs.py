@@ -1,0 +1,129 @@
+"""What a plugin can offer: frozen descriptions with a name. Nothing here imports torch.
+
+A spec is data plus plain module-level functions, so it can be listed, compared and pickled. What is expensive
+(weights, torch) is loaded by its `build` function and nowhere else. Names are `[a-z0-9_]+`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from mmft.types import Conversation, RawRecord, Sample, Segment
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+    from torch import Tensor, nn
+
+NAME_PATTERN = re.compile(r"[a-z0-9_]+")
+
+
+@runtime_checkable
+class RenderFn(Protocol):
+    """Turn a conversation into segments; with `generation_prompt` end where the assistant's next answer begins.
+
+    The prompt of an answer must be a prefix of the training sequence, so no prompt ends in a space: the space
+    belongs to the answer. BOS, where the model wants one, is written here, once.
+    """
+
+    def __call__(self, conversation: Conversation, /, *, generation_prompt: bool = False) -> Sequence[Segment]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataMap:
+    """A data format: `fn` reads one raw record; None means "nothing to train here" and is counted as dropped.
+
+    `columns` are the keys a record of this format has, as a help for choosing; `examples` are raw records that `fn`
+    must accept. `fn` raises `DataError` for a record it cannot read. Added in 0.1.
+    """
+
+    name: str
+    fn: Callable[[RawRecord], Sample | None]
+    summary: str = ""
+    columns: tuple[str, ...] = ()
+    examples: Sequence[RawRecord] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A chat format. `stop` are the strings that end an answer; `source` says where the format is defined.
+
+    `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer. Added in 0.1.
+    """
+
+    name: str
+    render: RenderFn
+    stop: tuple[str, ...] = ()
+    supports_tools: bool = False
+    source: str = ""
+    bind: Callable[[Any], "ChatTemplate"] | None = None
+
+    def for_tokenizer(self, tokenizer: Any) -> "ChatTemplate":
+        """The template to use with this tokenizer; most do not depend on it."""
+        return self.bind(tokenizer) if self.bind else self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionInfo:
+    """What is known of an encoder without its weights.
+
+    `transform` turns an RGB image into float32[3, H, W]; it runs in DataLoader workers, so it must pickle.
+    """
+
+    hidden_size: int
+    num_patches: int
+    transform: Callable[["PILImage.Image"], "Tensor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionEncoderSpec:
+    """A vision encoder. `describe(**options)` reads configuration only; `build(**options)` loads the weights.
+
+    The module maps float[N, 3, H, W] to float[N, num_patches, hidden_size]. Both functions take the same options.
+    Added in 0.1.
+    """
+
+    name: str
+    describe: Callable[..., VisionInfo]
+    build: Callable[..., "nn.Module"]
+    summary: str = ""
+
+
+def same_number(num_patches: int, **options: Any) -> int:
+    """One token for each patch."""
+    return num_patches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorSpec:
+    """A projector: `build(in_features, out_features, **options)` maps float[N, P, in] to float[N, P', out].
+
+    `num_tokens(num_patches, **options)` tells P' and raises `ValueError` where the options do not fit. Added in 0.1.
+    """
+
+    name: str
+    build: Callable[..., "nn.Module"]
+    num_tokens: Callable[..., int] = same_number
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSpec:
+    """A data source: `load(**options)` yields raw records in a fixed order. Added in 0.1.
+
+    `files(**options)` names what it reads, so that a cached token store notices a change and a missing file is
+    reported before anything is read.
+    """
+
+    name: str
+    load: Callable[..., Iterable[RawRecord]]
+    files: Callable[..., Sequence[Path]] | None = None
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigDir:
+    """A folder of configs that `list-cfg`, `copy-cfg` and `train NAME` find. Added in 0.1."""
+
+    path: Path

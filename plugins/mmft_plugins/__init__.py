@@ -1,0 +1,1 @@
+"""The plugins mmft ships. Each module is one plugin, offered through the `mmft` entry-point group like anybody's."""
