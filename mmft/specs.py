@@ -27,7 +27,9 @@ class RenderFn(Protocol):
     belongs to the answer. BOS, where the model wants one, is written here, once.
     """
 
-    def __call__(self, conversation: Conversation, /, *, generation_prompt: bool = False) -> Sequence[Segment]: ...
+    def __call__(self, conversation: Conversation, /, *, generation_prompt: bool = False) -> Sequence[Segment]:
+        """The segments, in order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
