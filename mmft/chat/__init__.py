@@ -1,0 +1,1 @@
+"""Talking to a model: one session behind the terminal and the page."""

@@ -1,1 +1,1 @@
-
+"""Records to batches: torch appears only in `collate`, and no model code at all."""

@@ -1,0 +1,1 @@
+"""The model: language model, vision encoder, projector, and the folder they are saved in."""

@@ -1,0 +1,1 @@
+"""From a config to files: the training run."""

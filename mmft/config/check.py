@@ -1,0 +1,179 @@
+"""Everything that can be known to be wrong with a config without reading a weight, all at once."""
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmft.config.schema import LLM, Dataset, TrainConfig, Use, Vision
+from mmft.errors import ConfigError, MmftError, Problem
+from mmft.plugins import Catalog, Plugins
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_config(config: TrainConfig, plugins: Plugins) -> None:
+    """Raise `ConfigError` with every problem found; silent when there is none."""
+    problems = list(find_problems(config, plugins))
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_problems(config: TrainConfig, plugins: Plugins) -> Iterator[Problem]:
+    """The problems of a config, in the order of its parts."""
+    yield from _llm_problems(config.model.llm)
+    if config.model.vision:
+        yield from _vision_problems(config, config.model.vision, plugins)
+    yield from _name_problems("data.chat_template", plugins.chat_templates, config.data.chat_template)
+    for index, dataset in enumerate(config.data.datasets):
+        yield from _dataset_problems(f"data.datasets.{index}", dataset, plugins)
+    yield from _training_problems(config)
+    yield from _runtime_problems(config)
+    yield from plugins.call("mmft_check_config", config=config, plugins=plugins)
+
+
+def _llm_problems(llm: LLM) -> Iterator[Problem]:
+    yield from model_path_problems("model.llm.path", llm.path)
+    if llm.quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            yield Problem(
+                "model.llm.quantization", f"{llm.quantization} needs bitsandbytes", "pip install bitsandbytes"
+            )
+        if llm.trainable:
+            yield Problem(
+                "model.llm.trainable",
+                f"a model in {llm.quantization} cannot be trained whole",
+                "set model.llm.lora, or quantization='none'",
+            )
+    if llm.trainable and llm.lora:
+        yield Problem("model.llm.trainable", "the whole model and a LoRA adapter cannot both train", "drop one of them")
+    if llm.adapter and not llm.lora:
+        yield Problem("model.llm.adapter", "an adapter to start from needs model.llm.lora", "give its r and alpha")
+    if llm.adapter and not (llm.adapter / "adapter_config.json").is_file():
+        yield Problem("model.llm.adapter", f"{llm.adapter} has no adapter_config.json", "give a PEFT adapter folder")
+    if llm.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield Problem("model.llm.attention", "flash_attention_2 needs flash-attn", "pip install flash-attn")
+
+
+def model_path_problems(where: str, path: str) -> Iterator[Problem]:
+    """A local model folder must hold a config.json; anything shaped like a hub id is left to the hub."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            yield Problem(where, f"{path} has no config.json", "give a folder saved by save_pretrained, or a hub id")
+    elif not HUB_ID.fullmatch(path) or path.startswith("."):
+        yield Problem(where, f"{path} does not exist", "give a folder saved by save_pretrained, or a hub id")
+
+
+def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
+    encoder = yield from _use_problems(
+        "model.vision.encoder", plugins.vision_encoders, vision.encoder, lambda spec: spec.build, ()
+    )
+    projector = yield from _use_problems(
+        "model.vision.projector", plugins.projectors, vision.projector, lambda spec: spec.build, (1, 1)
+    )
+    if encoder:
+        yield from _describe_problems(config, vision, encoder, projector)
+    if vision.projector_weights and not vision.projector_weights.exists():
+        yield Problem(
+            "model.vision.projector_weights",
+            f"{vision.projector_weights} does not exist",
+            "run the pretrain stage first, or point to another projector.safetensors",
+        )
+    if vision.trainable and vision.lora:
+        yield Problem("model.vision.trainable", "the whole encoder and a LoRA adapter cannot both train", "drop one")
+    if vision.feature_cache and (vision.trainable or vision.lora):
+        yield Problem("model.vision.feature_cache", "features of an encoder that trains cannot be cached", "drop one")
+
+
+def _describe_problems(config: TrainConfig, vision: Vision, encoder: Any, projector: Any) -> Iterator[Problem]:
+    """What the encoder's own configuration says: a path that is not there, a size that does not fit."""
+    path = str(vision.encoder.options.get("path", ""))
+    found = list(model_path_problems("model.vision.encoder.path", path)) if path else []
+    yield from found
+    if found or (path and not Path(path).is_dir()):
+        return
+    try:
+        info = encoder.describe(**vision.encoder.options)
+        tokens = projector.num_tokens(info.num_patches, **vision.projector.options) if projector else info.num_patches
+    except (MmftError, ValueError, TypeError) as error:
+        yield Problem("model.vision", str(error))
+        return
+    if tokens >= config.data.max_length:
+        yield Problem(
+            "data.max_length",
+            f"{config.data.max_length} tokens leave no room beside an image of {tokens} tokens",
+            "raise it, or use a projector that gives fewer tokens",
+        )
+
+
+def _dataset_problems(where: str, dataset: Dataset, plugins: Plugins) -> Iterator[Problem]:
+    source = yield from _use_problems(f"{where}.source", plugins.datasets, dataset.source, lambda spec: spec.load, ())
+    if source and source.files:
+        try:
+            missing = [path for path in source.files(**dataset.source.options) if not Path(path).exists()]
+        except (MmftError, TypeError, ValueError) as error:
+            yield Problem(f"{where}.source", str(error))
+        else:
+            yield from (Problem(f"{where}.source", f"{path} does not exist") for path in missing)
+    yield from _name_problems(f"{where}.data_map", plugins.data_maps, dataset.data_map)
+    if dataset.image_folder and not dataset.image_folder.is_dir():
+        yield Problem(f"{where}.image_folder", f"{dataset.image_folder} is not a folder")
+
+
+def _training_problems(config: TrainConfig) -> Iterator[Problem]:
+    llm, vision = config.model.llm, config.model.vision
+    vision_trains = vision is not None and (vision.projector_trainable or vision.trainable or bool(vision.lora))
+    if not (llm.trainable or llm.lora or vision_trains):
+        yield Problem("model", "nothing is trained", "set model.llm.lora, model.llm.trainable or model.vision")
+    if config.optim.projector_lr and not (vision and vision.projector_trainable):
+        yield Problem("optim.projector_lr", "there is no projector that trains", "drop it")
+    if config.optim.vision_lr and not (vision and (vision.trainable or vision.lora)):
+        yield Problem("optim.vision_lr", "the vision encoder does not train", "set model.vision.lora or drop it")
+    if config.data.packing and (config.data.group_by_modality or config.data.group_by_length):
+        yield Problem("data.packing", "packed rows are full already", "drop group_by_modality and group_by_length")
+
+
+def _runtime_problems(config: TrainConfig) -> Iterator[Problem]:
+    runtime = config.runtime
+    for index, prompt in enumerate(runtime.samples):
+        where = f"runtime.samples.{index}.images"
+        if prompt.images and not config.model.vision:
+            yield Problem(where, "the model has no vision encoder", "set model.vision or drop the images")
+        yield from (Problem(where, f"{image} does not exist") for image in prompt.images if not image.is_file())
+    if runtime.sample_steps and not runtime.samples:
+        yield Problem("runtime.sample_steps", "there is nothing to ask", "give runtime.samples")
+    for package in runtime.report_to:
+        if importlib.util.find_spec(package) is None:
+            yield Problem("runtime.report_to", f"{package} is not installed", f"pip install {package}")
+
+
+def _name_problems(where: str, catalog: Catalog[Any], name: str) -> Iterator[Problem]:
+    try:
+        catalog.get(name)
+    except MmftError as error:
+        yield Problem(where, str(error))
+
+
+def _use_problems(
+    where: str,
+    catalog: Catalog[Any],
+    chosen: Use,
+    function: Callable[[Any], Callable[..., Any]],
+    positional: Iterable[Any],
+) -> Generator[Problem, None, Any]:
+    """Problems of a `use(...)`: an unknown name, or options its function does not take. Returns the spec, or None."""
+    try:
+        spec = catalog.get(chosen.name)
+    except MmftError as error:
+        yield Problem(where, str(error))
+        return None
+    try:
+        inspect.signature(function(spec)).bind(*positional, **chosen.options)
+    except TypeError as error:
+        parameters = list(inspect.signature(function(spec)).parameters)[len(tuple(positional)) :]
+        yield Problem(where, f"{catalog.kind} {chosen.name!r}: {error}", f"options: {', '.join(parameters) or 'none'}")
+        return None
+    return spec

@@ -1,0 +1,179 @@
+"""The five parts of a config, as frozen models: an unknown field is an error, a value has one home.
+
+Core concepts are classes; what a plugin offers is `use("name", **options)`, plain data that dumps, compares and can be
+overridden. Defaults are those of the papers or the reference code named beside them.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
+
+
+class Part(BaseModel):
+    """Base of all parts: frozen, and closed to unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Use(Part):
+    """A plugin's thing by name, with its options. Written `{"use": name, **options}` in JSON."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "use" in value:
+            return {"name": value["use"], "options": {k: v for k, v in value.items() if k != "use"}}
+        return value
+
+    @model_serializer
+    def _to_flat(self) -> dict[str, Any]:
+        return {"use": self.name, **{key: _plain(option) for key, option in self.options.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def use(name: str, **options: Any) -> Use:
+    """Choose what a plugin offers under a name: `use("clip", path="openai/clip-vit-large-patch14-336")`."""
+    return Use(name=name, options=options)
+
+
+class Lora(Part):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685), built by peft.
+
+    `targets="all-linear"` means every linear layer of the part it is given to, except the output head (QLoRA,
+    https://arxiv.org/abs/2305.14314, section 4); a tuple names layers by their last name.
+    """
+
+    r: PositiveInt = 64
+    alpha: PositiveFloat = 16.0
+    dropout: NonNegativeFloat = 0.05
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class LLM(Part):
+    """The language model. Frozen unless `trainable` (every weight) or `lora` (the adapter) says otherwise."""
+
+    path: str
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    lora: Lora | None = None
+    adapter: Path | None = None  # start from this PEFT adapter (an earlier run's `llm_adapter` folder)
+    trainable: bool = False
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+class Vision(Part):
+    """The vision encoder and the projector. The encoder is frozen, the projector trained, unless said otherwise."""
+
+    encoder: Use
+    projector: Use
+    projector_weights: Path | None = None  # a projector.safetensors, or a model folder that has one
+    projector_trainable: bool = True
+    lora: Lora | None = None
+    trainable: bool = False
+    feature_cache: Path | None = None  # keep the frozen encoder's features in this folder
+
+
+class Model(Part):
+    """Part 2: what is built. Without `vision` it is a text model."""
+
+    llm: LLM
+    vision: Vision | None = None
+
+
+class Dataset(Part):
+    """One source, read by one data map. `image_folder` is where its image paths start and may not lead out of."""
+
+    source: Use
+    data_map: str
+    image_folder: Path | None = None
+    system: str | None = None  # system text for conversations that have none
+    repeat: PositiveInt = 1
+    limit: PositiveInt | None = None  # records: take only the first so many
+
+
+class Data(Part):
+    """Part 3: what is trained on."""
+
+    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    chat_template: str = "auto"
+    max_length: PositiveInt  # tokens, image tokens included
+    too_long: Literal["drop", "truncate", "error"] = "drop"
+    packing: bool = False  # whole samples share a row of max_length; they do not see each other
+    group_by_modality: bool = False  # batches of images or of text, as LLaVA's group_by_modality_length
+    group_by_length: bool = False
+    max_bad_fraction: NonNegativeFloat = 0.01  # more dropped records than this stop the run
+    num_workers: NonNegativeInt = 0  # DataLoader processes that open images
+    cache_dir: Path | None = None  # token stores; default: output_dir/../.cache
+
+
+class Optim(Part):
+    """Part 4: how it is trained. AdamW, warm-up over `warmup_ratio` of the steps, then the schedule (LLaVA-1.5)."""
+
+    lr: PositiveFloat
+    projector_lr: PositiveFloat | None = None
+    vision_lr: PositiveFloat | None = None
+    optimizer: str = "adamw_torch"  # a name of transformers' OptimizerNames, e.g. paged_adamw_8bit
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    warmup_ratio: NonNegativeFloat = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None  # optimizer steps; ends the run before its epochs do
+    batch_size_per_device: PositiveInt = 1
+    accumulate: PositiveInt = 1
+
+
+class Prompt(Part):
+    """What the model is asked during training, so that a person can watch it learn."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+
+
+class Runtime(Part):
+    """Part 5: where it runs and what it leaves behind."""
+
+    output_dir: Path
+    seed: NonNegativeInt = 42
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    gradient_checkpointing: bool = False
+    save_steps: PositiveInt = 500
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 10
+    sample_steps: PositiveInt | None = None
+    samples: tuple[Prompt, ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()
+
+
+class TrainConfig(Part):
+    """A whole run. Stages are two configs joined by a path, not a flag."""
+
+    model: Model
+    data: Data
+    optim: Optim
+    runtime: Runtime

@@ -1,0 +1,339 @@
+"""Records to a token store: every record is read once, and what is dropped is counted and listed with its reason.
+
+`prepare()` runs sources, maps, template and tokenizer over all datasets of a config and keeps the result in flat arrays
+on disk, memory-mapped. The folder's name is a digest of everything the result depends on, so a change in data, map,
+template, tokenizer or version builds a new one.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmft import __version__
+from mmft.config import Data, Dataset
+from mmft.data.tokenize import Tokenizer, document_segments, tokenize_batch
+from mmft.errors import DataError
+from mmft.plugins import Plugins
+from mmft.specs import ChatTemplate, DataMap
+from mmft.types import (
+    Conversation,
+    Document,
+    Image,
+    Message,
+    RawRecord,
+    Sample,
+    Segment,
+    Text,
+    TokenizedSample,
+)
+
+CHUNK = 1000  # records a call into the tokenizer
+MAX_IMAGES_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A record that is not trained as it was given."""
+
+    source: str
+    record: int  # counted from 1, as a person counts lines
+    id: str
+    reason: str
+    action: str = "dropped"
+
+    def __str__(self) -> str:
+        name = f' (id "{self.id}")' if self.id else ""
+        return f"{self.source} record {self.record:,}{name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All samples of a run: flat arrays and where each sample starts. `index` repeats samples of repeated datasets."""
+
+    ids: NDArray[np.int32]
+    loss: NDArray[np.bool_]
+    offsets: NDArray[np.int64]  # [S + 1]
+    images: list[list[str]]
+    index: NDArray[np.int64]  # [N] sample numbers
+    drops: tuple[Drop, ...]
+    num_records: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> TokenizedSample:
+        sample = int(self.index[item])
+        start, stop = self.offsets[sample], self.offsets[sample + 1]
+        images = tuple(Image(source) for source in self.images[sample])
+        return TokenizedSample(self.ids[start:stop], self.loss[start:stop], images)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64[N]: the tokens of each item."""
+        lengths: NDArray[np.int64] = np.diff(self.offsets)[self.index]
+        return lengths
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        """bool[N]: whether an item holds a picture."""
+        return np.array([bool(images) for images in self.images], dtype=np.bool_)[self.index]
+
+    def summary(self) -> str:
+        """One paragraph a person reads before the run starts."""
+        used = self.lengths
+        text = (
+            f"{len(self):,} samples, {int(used.sum()):,} tokens ({int(self.loss.sum()):,} of the store's trained), "
+            f"{sum(map(len, self.images)):,} images; longest {int(used.max(initial=0)):,} tokens"
+        )
+        return text + ("\n" + drop_summary(self.drops, self.num_records) if self.drops else "")
+
+
+def drop_summary(drops: Sequence[Drop], num_records: int) -> str:
+    """`dropped 12 of 665,298 records: 9 no assistant turn, 3 longer than 2048 tokens`."""
+    lines = []
+    for action in sorted({drop.action for drop in drops}):
+        reasons = Counter(_reason_kind(drop.reason) for drop in drops if drop.action == action)
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        lines.append(f"{action} {reasons.total():,} of {num_records:,} records: {listed}")
+    return "\n".join(lines)
+
+
+def _reason_kind(reason: str) -> str:
+    """Reasons carry details after a colon; the kind is what stands before."""
+    return reason.partition(": ")[0]
+
+
+def prepare(
+    data: Data, plugins: Plugins, tokenizer: Tokenizer, cache_dir: Path, report: Callable[[str], None] = lambda _: None
+) -> TokenStore:
+    """The token store of a config, from the cache where nothing it depends on has changed.
+
+    Raises `DataError` when more than `max_bad_fraction` of the records are dropped, or nothing is left.
+    """
+    template = plugins.chat_templates.get(data.chat_template).for_tokenizer(tokenizer.hf)
+    digest = _digest(data, plugins, tokenizer, template)
+    folder = cache_dir / f"tokens-{digest}"
+    if not (folder / "meta.json").is_file():
+        report(f"tokenising {len(data.datasets)} dataset(s) into {folder}")
+        _build(folder, data, plugins, tokenizer, template)
+    else:
+        report(f"token store: {folder} (unchanged)")
+    store = _open(folder, data)
+    _refuse_too_many_drops(store, data)
+    return store
+
+
+def _refuse_too_many_drops(store: TokenStore, data: Data) -> None:
+    dropped = [drop for drop in store.drops if drop.action == "dropped"]
+    if not len(store) or len(dropped) > data.max_bad_fraction * store.num_records:
+        first = "\n    ".join(str(drop) for drop in dropped[:3])
+        raise DataError(
+            f"{drop_summary(dropped, store.num_records) or 'the datasets are empty'}; at most "
+            f"{data.max_bad_fraction:.1%} is allowed (data.max_bad_fraction). The first ones:\n    {first}"
+        )
+
+
+def iterate_samples(dataset: Dataset, plugins: Plugins) -> Iterator[tuple[int, RawRecord, Sample | str]]:
+    """(record number, record, sample or the reason there is none) of one dataset, in order."""
+    source = plugins.datasets.get(dataset.source.name)
+    data_map = plugins.data_maps.get(dataset.data_map)
+    for number, record in enumerate(islice(source.load(**dataset.source.options), dataset.limit), start=1):
+        try:
+            yield number, record, _sample_of(record, dataset, data_map)
+        except DataError as error:
+            yield number, record, str(error)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"data map {data_map.name!r} failed: {type(error).__name__}: {error}"
+            yield number, record, reason
+
+
+def _sample_of(record: RawRecord, dataset: Dataset, data_map: DataMap) -> Sample | str:
+    sample = data_map.fn(record)
+    if sample is None:
+        return "nothing to train"
+    if isinstance(sample, Document):
+        return sample
+    messages = tuple(_with_paths(message, dataset.image_folder) for message in sample.messages)
+    if dataset.system is not None and not any(message.role == "system" for message in messages):
+        messages = (Message("system", (Text(dataset.system),)), *messages)
+    return replace(sample, messages=messages)
+
+
+def _with_paths(message: Message, folder: Path | None) -> Message:
+    """Resolve the image paths of a message; they may not lead out of the image folder, and the files must exist."""
+    if not message.images:
+        return message
+    return replace(message, parts=tuple(_resolved(p, folder) if isinstance(p, Image) else p for p in message.parts))
+
+
+def _resolved(image: Image, folder: Path | None) -> Image:
+    source = str(image.source)
+    if "://" in source:
+        raise DataError(f"image is a remote address: {source}; only local files are read")
+    path = source if folder is None else os.path.normpath(folder / source)
+    if folder is not None and not Path(path).is_relative_to(os.path.normpath(folder)):
+        raise DataError(f"image path leaves the image folder: {source}")
+    if not os.path.isfile(path):  # noqa: PTH113 - a stat each for millions of records, and Path costs twice that
+        raise DataError(f"image not found: {path}")
+    return Image(path)
+
+
+def render_sample(sample: Sample, template: ChatTemplate, tokenizer: Tokenizer) -> Sequence[Segment]:
+    """The segments of a sample: a conversation through its template, a document as it is."""
+    if isinstance(sample, Document):
+        return document_segments(sample, tokenizer)
+    return template.render(sample)
+
+
+def _build(folder: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Write the store to a temporary folder and rename it when it is complete."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    lengths: list[int] = []
+    images: list[list[str]] = []
+    drops: list[Drop] = []
+    counts: list[int] = []
+    num_records = 0
+    with (temporary / "ids.bin").open("wb") as ids_file, (temporary / "loss.bin").open("wb") as loss_file:
+        for dataset in data.datasets:
+            before = len(lengths)
+            for chunk in _chunks(iterate_samples(dataset, plugins)):
+                num_records += len(chunk)
+                for sample in _tokenize_chunk(chunk, dataset, data, template, tokenizer, drops):
+                    sample.input_ids.tofile(ids_file)
+                    sample.loss_mask.tofile(loss_file)
+                    lengths.append(len(sample))
+                    images.append([str(image.source) for image in sample.images])
+            counts.append(len(lengths) - before)
+    np.save(temporary / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    meta = {
+        "images": images,
+        "counts": counts,
+        "num_records": num_records,
+        "drops": [[d.source, d.record, d.id, d.reason, d.action] for d in drops],
+    }
+    (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _tokenize_chunk(
+    chunk: list[tuple[int, RawRecord, Sample | str]],
+    dataset: Dataset,
+    data: Data,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    drops: list[Drop],
+) -> Iterator[TokenizedSample]:
+    """The tokenised samples of a chunk; what cannot be trained is added to `drops`."""
+    kept: list[tuple[int, RawRecord]] = []
+    rendered: list[Sequence[Segment]] = []
+
+    def drop(number: int, record: RawRecord, reason: str, action: str = "dropped") -> None:
+        drops.append(Drop(_source_name(dataset), number, _id_of(record), reason, action))
+
+    for number, record, sample in chunk:
+        try:
+            if isinstance(sample, str):
+                raise DataError(sample)
+            if isinstance(sample, Conversation) and sample.images and tokenizer.image_id is None:
+                raise DataError("has an image, but the model has no vision encoder")
+            rendered.append(render_sample(sample, template, tokenizer))
+            kept.append((number, record))
+        except DataError as error:
+            drop(number, record, str(error))
+    for (number, record), tokenized in zip(kept, tokenize_batch(rendered, tokenizer), strict=True):
+        if len(tokenized) > data.max_length:
+            reason = f"longer than {data.max_length} tokens: {len(tokenized)}"
+            if data.too_long == "error":
+                raise DataError(f"{_source_name(dataset)} record {number:,}: {reason} (data.too_long is 'error')")
+            drop(number, record, reason, "dropped" if data.too_long == "drop" else "truncated")
+            if data.too_long == "drop":
+                continue
+            tokenized = truncate(tokenized, data.max_length, tokenizer)
+        if not tokenized.loss_mask[1:].any():
+            drop(number, record, "nothing to train")
+            continue
+        yield tokenized
+
+
+def truncate(sample: TokenizedSample, max_length: int, tokenizer: Tokenizer) -> TokenizedSample:
+    """The first `max_length` tokens; an image that would be cut is left out whole, with what follows it."""
+    cut = max_length
+    if sample.images:
+        positions = np.flatnonzero(sample.input_ids == tokenizer.image_id)
+        starts = positions[:: tokenizer.tokens_per_image]
+        split = starts[(starts < cut) & (starts + tokenizer.tokens_per_image > cut)]
+        cut = int(split[0]) if len(split) else cut
+        kept = int((starts < cut).sum())
+    else:
+        kept = 0
+    return TokenizedSample(sample.input_ids[:cut], sample.loss_mask[:cut], sample.images[:kept])
+
+
+def _open(folder: Path, data: Data) -> TokenStore:
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    offsets = np.load(folder / "offsets.npy")
+    total = int(offsets[-1])
+    ids = np.memmap(folder / "ids.bin", np.int32, "r", shape=(total,)) if total else np.empty(0, np.int32)
+    loss = np.memmap(folder / "loss.bin", np.bool_, "r", shape=(total,)) if total else np.empty(0, np.bool_)
+    starts = np.concatenate([[0], np.cumsum(meta["counts"])])
+    index = [np.tile(np.arange(starts[i], starts[i + 1]), dataset.repeat) for i, dataset in enumerate(data.datasets)]
+    drops = tuple(Drop(*drop) for drop in meta["drops"])
+    return TokenStore(ids, loss, offsets, meta["images"], np.concatenate(index), drops, meta["num_records"])
+
+
+def _source_name(dataset: Dataset) -> str:
+    return str(dataset.source.options.get("path", dataset.source.name))
+
+
+def _id_of(record: RawRecord) -> str:
+    return str(record.get("id", "")) if isinstance(record, Mapping) else ""
+
+
+def _digest(data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> str:
+    """Of everything the token store depends on, the code of map and template included."""
+    digest = hashlib.sha256()
+
+    def add(*values: Any) -> None:
+        digest.update(json.dumps([str(value) for value in values]).encode())
+
+    add(__version__, data.max_length, data.too_long, tokenizer.tokens_per_image, tokenizer.image_id)
+    add(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.hf.chat_template, tokenizer.hf.bos_token)
+    add(template.name, plugins.chat_templates.owner(data.chat_template).distribution, _code_of(template.render))
+    for dataset in data.datasets:
+        source, data_map = plugins.datasets.get(dataset.source.name), plugins.data_maps.get(dataset.data_map)
+        add(dataset.model_dump_json(exclude={"repeat"}), _code_of(source.load), _code_of(data_map.fn))
+        add(plugins.data_maps.owner(dataset.data_map).distribution)
+        for path in source.files(**dataset.source.options) if source.files else ():
+            with Path(path).open("rb") as file:
+                add(path, hashlib.file_digest(file, "sha256").hexdigest())
+    return digest.hexdigest()[:16]
+
+
+def _code_of(function: Any) -> str:
+    """The source file a function comes from, hashed: an edited map must not meet a stale store."""
+    while hasattr(function, "func"):
+        function = function.func
+    try:
+        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return repr(function)
