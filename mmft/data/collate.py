@@ -37,6 +37,7 @@ class Collator:
     features: FeatureReader | None = None
 
     def __call__(self, items: Sequence[TokenizedSample | PackedSample]) -> Batch:
+        """The batch of some samples. Raises `DataError` for an image that cannot be read."""
         samples = [s for item in items for s in (item.samples if isinstance(item, PackedSample) else (item,))]
         batch = flat_batch(samples) if self.layout == "flat" else padded_batch(samples, self.pad_id)
         images = [image for sample in samples for image in sample.images]

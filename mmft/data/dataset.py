@@ -39,7 +39,6 @@ from mmft.types import (
 )
 
 CHUNK = 1000  # records a call into the tokenizer
-MAX_IMAGES_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)

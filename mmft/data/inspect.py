@@ -1,6 +1,7 @@
 """What the model will learn, shown to a person: each token run in the colour of its fate."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from rich.text import Text as Styled
@@ -43,6 +44,6 @@ def _runs(sample: TokenizedSample, tokenizer: Tokenizer) -> Iterator[tuple[int, 
         kinds = np.where(sample.input_ids == tokenizer.image_id, 2, kinds)
     edges = np.flatnonzero(np.diff(kinds)) + 1
     bounds: Sequence[int] = [0, *edges.tolist(), len(kinds)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         if stop > start:
             yield start, stop, ("context", "trained", "image")[kinds[start]]

@@ -1,0 +1,49 @@
+"""What is known of a model without its weights: its tokenizer, and how many tokens a picture takes.
+
+This is all that preparing data needs, and what lets `mmft check` and `mmft data show` answer in seconds.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmft.config import LLM, Model
+from mmft.data.tokenize import Tokenizer
+from mmft.errors import ModelError
+from mmft.plugins import Plugins
+from mmft.specs import VisionInfo
+
+TOKENIZER = "tokenizer"  # the folder inside a model folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a model without its weights: the tokenizer, and what pictures become."""
+
+    tokenizer: Tokenizer
+    vision: VisionInfo | None
+
+
+def describe_model(model: Model, plugins: Plugins, folder: Path | None = None) -> Shape:
+    """The tokenizer and the picture geometry; reads no weight. `folder` is a model folder with a tokenizer of its own."""
+    info, tokens = None, 0
+    if model.vision:
+        try:
+            info = plugins.vision_encoders.get(model.vision.encoder.name).describe(**model.vision.encoder.options)
+            projector = plugins.projectors.get(model.vision.projector.name)
+            tokens = projector.num_tokens(info.num_patches, **model.vision.projector.options)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"model.vision: {str(error).splitlines()[0]}") from error
+    own = folder / TOKENIZER if folder and (folder / TOKENIZER).is_dir() else None
+    hf = load_hf_tokenizer(own or model.llm.path, model.llm)
+    return Shape(Tokenizer.for_model(hf, tokens), info)
+
+
+def load_hf_tokenizer(path: str | Path, llm: LLM) -> Any:
+    """The model's tokenizer. Raises `ModelError` in one line where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=llm.revision, trust_remote_code=llm.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.llm.path: no tokenizer in {path}: {str(error).strip().splitlines()[0]}") from error

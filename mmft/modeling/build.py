@@ -1,0 +1,176 @@
+"""From the `model` part of a config to a model: the one builder behind training, resuming and chat.
+
+The parts are loaded one by one, then joined, then checked: a rule that a later edit might break (nothing 4-bit outside
+the language model, no adapter in a frozen part) is an assertion here, not a hope.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmft.config import Model, Vision
+from mmft.errors import CheckpointError
+from mmft.modeling import attention
+from mmft.modeling.llava import LlavaModel
+from mmft.modeling.llm import load_llm, quantized_layers
+from mmft.modeling.lora import add_lora, is_adapted
+from mmft.plugins import Plugins
+from mmft.specs import VisionInfo
+
+ADAPTER, LLM_FOLDER = "llm_adapter", "llm"
+VISION_ADAPTER, VISION_WEIGHTS = "vision_adapter", "vision/model.safetensors"
+PROJECTOR = "projector.safetensors"
+
+
+def build_model(
+    model: Model,
+    plugins: Plugins,
+    *,
+    info: VisionInfo | None,
+    image_id: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Path | None = None,
+    gradient_checkpointing: bool = False,
+) -> LlavaModel:
+    """Load and join the parts. `weights` is a model folder (a checkpoint has one) whose trained parts are read instead
+    of what the config starts from. Frozen parts are in `dtype`; trained ones in float32.
+    """
+    attention.register()
+    llm_folder = weights / LLM_FOLDER if weights and (weights / LLM_FOLDER).is_dir() else None
+    llm = load_llm(model.llm, dtype=dtype, device=device, path=llm_folder)
+    layout = attention.choose(llm, model.llm.attention)
+    if model.llm.trainable:
+        llm.requires_grad_(True)
+    if gradient_checkpointing:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.llm.lora:
+        start = _folder_in(weights, ADAPTER) if weights else model.llm.adapter
+        llm = add_lora(llm, model.llm.lora, weights=start, causal_lm=True)
+    width = llm.get_input_embeddings().weight.shape[1]
+    parts: dict[str, Any] = {}
+    if model.vision:
+        assert info is not None
+        parts = _build_vision(model.vision, plugins, info, width, dtype, device, weights)
+    built = LlavaModel(llm, image_id=image_id, dtype=dtype, layout=layout, **parts)  # type: ignore[arg-type]
+    check_build(built, model)
+    return built
+
+
+def _build_vision(
+    vision: Vision,
+    plugins: Plugins,
+    info: VisionInfo,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Path | None,
+) -> dict[str, Any]:
+    """Encoder and projector, with the shapes that a picture-less batch needs."""
+    from PIL import Image as PILImage
+
+    encoder: Any = plugins.vision_encoders.get(vision.encoder.name).build(**vision.encoder.options)
+    encoder.requires_grad_(False)
+    if weights and (weights / VISION_WEIGHTS).is_file():
+        load_exactly(encoder, weights / VISION_WEIGHTS)
+    encoder.to(device, torch.float32 if vision.trainable else dtype)
+    if vision.trainable:
+        encoder.requires_grad_(True)
+    if vision.lora:
+        encoder = add_lora(encoder, vision.lora, weights=_folder_in(weights, VISION_ADAPTER) if weights else None)
+    projector = plugins.projectors.get(vision.projector.name).build(info.hidden_size, width, **vision.projector.options)
+    start = weights or vision.projector_weights
+    if start:
+        load_exactly(projector, start / PROJECTOR if start.is_dir() else start)
+    projector.to(device, torch.float32).requires_grad_(vision.projector_trainable)
+    pixel_shape = tuple(info.transform(PILImage.new("RGB", (64, 64))).shape)
+    return {
+        "vision": encoder,
+        "projector": projector,
+        "feature_shape": (info.num_patches, info.hidden_size),
+        "pixel_shape": pixel_shape,
+    }
+
+
+def _folder_in(weights: Path, name: str) -> Path:
+    if not (weights / name).is_dir():
+        raise CheckpointError(f"{weights} has no {name}: it belongs to another config")
+    return weights / name
+
+
+def load_exactly(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file; a missing, unexpected or misshapen tensor is an error that names it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [
+        f"{name} is {list(state[name].shape)}, here {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if missing or unexpected or wrong:
+        found = [*(f"missing {n}" for n in missing), *(f"unexpected {n}" for n in unexpected), *wrong]
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(found[:4])}")
+    module.load_state_dict(state)
+
+
+def check_build(built: LlavaModel, model: Model) -> None:
+    """What must hold of every model, whatever built it."""
+    for name, part in built.parts().items():
+        quantized, adapted = len(quantized_layers(part)), is_adapted(part)
+        if name != "llm" and quantized:
+            raise AssertionError(f"{quantized} quantised layers in {name}; only the language model is quantised")
+        config: Any = {"llm": model.llm, "vision": model.vision}.get(name)
+        if adapted and not (config and config.lora):
+            raise AssertionError(f"{name} carries an adapter that the config does not ask for")
+        trains = any(p.requires_grad for p in part.parameters())
+        wanted = bool(config and (config.trainable or config.lora))
+        if name == "projector":
+            wanted = bool(model.vision and model.vision.projector_trainable)
+        if trains != wanted:
+            raise AssertionError(f"{name} {'trains' if trains else 'does not train'}, the config says otherwise")
+    if model.llm.quantization != "none" and not quantized_layers(built.llm):
+        raise AssertionError(f"model.llm.quantization is {model.llm.quantization}, but no layer is quantised")
+
+
+def module_table(built: LlavaModel, rates: dict[str, float]) -> list[tuple[str, ...]]:
+    """part, parameters, trained, dtype, quantised layers, adapted layers, learning rate: a row for each part."""
+    rows: list[tuple[str, ...]] = []
+    for name, part in built.parts().items():
+        parameters = list(part.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        adapted = sum(hasattr(module, "lora_A") for module in part.modules())
+        rows.append(
+            (
+                name,
+                f"{sum(_numel(p) for p in parameters):,}",
+                f"{trained:,}",
+                "/".join(_dtypes(parameters)),
+                str(len(quantized_layers(part)) or "-"),
+                str(adapted or "-"),
+                f"{rates[name]:g}" if trained else "frozen",
+            )
+        )
+    return rows
+
+
+TABLE_COLUMNS: Sequence[str] = ("part", "parameters", "trained", "dtype", "quantised", "LoRA", "lr")
+
+
+def _numel(parameter: Any) -> int:
+    """A 4-bit parameter packs two values into a byte and remembers its shape."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else int(parameter.numel())
+
+
+def _dtypes(parameters: Sequence[Any]) -> list[str]:
+    return sorted({str(p.dtype).removeprefix("torch.") for p in parameters})

@@ -1,0 +1,203 @@
+"""The model: vision encoder -> projector -> language model, with one `masked_scatter` between them.
+
+Early fusion as in LLaVA (https://arxiv.org/abs/2304.08485, section 4.1): the features of a picture take the places of
+its image tokens. A text model is the same class without encoder and projector.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmft.errors import DataError
+from mmft.modeling import attention
+from mmft.modeling.lora import base_of
+from mmft.types import IGNORE_INDEX
+
+PARTS = ("llm", "projector", "vision")
+
+
+def masked_image_scatter(inputs_embeds: Tensor, input_ids: Tensor, features: Tensor, image_id: int) -> Tensor:
+    """Put image features where the ids hold image tokens, in reading order.
+
+    inputs_embeds float[B, T, D], input_ids int64[B, T], features float[N, P, D]  ->  float[B, T, D].
+    Does not modify its inputs. Raises `DataError` if input_ids does not hold exactly N * P image tokens.
+    """
+    is_image = input_ids == image_id
+    expected, found = features.shape[0] * features.shape[1], int(is_image.sum())
+    if expected != found:
+        raise DataError(
+            f"{found:,} image tokens in input_ids but {expected:,} image features: collate and the template disagree "
+            "on the number of images"
+        )
+    return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
+
+
+class LlavaModel(nn.Module):
+    """A language model that sees, or a plain one where `vision` is None.
+
+    Shapes: input_ids int64[B, T]; pixel_values float[N, 3, H, W]; image_features [N, P, Dv] instead of them where the
+    frozen encoder's features are cached; N counts the images of the batch in reading order.
+    """
+
+    accepts_loss_kwargs = True  # transformers' Trainer then passes num_items_in_batch, the tokens of the whole step
+
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        vision: nn.Module | None = None,
+        projector: nn.Module | None = None,
+        image_id: int | None = None,
+        feature_shape: tuple[int, int] | None = None,
+        pixel_shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype = torch.float32,
+        layout: Literal["flat", "padded"] = "flat",
+    ) -> None:
+        super().__init__()
+        self.llm, self.vision, self.projector = llm, vision, projector
+        self.image_id, self.feature_shape, self.pixel_shape = image_id, feature_shape, pixel_shape
+        self.dtype, self.layout = dtype, layout
+
+    @property
+    def causal_lm(self) -> Any:
+        """transformers' own model, adapters inside, without peft's wrapper."""
+        return base_of(self.llm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        device: torch.device = self.causal_lm.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def vision_trains(self) -> bool:
+        """Whether any weight of the encoder is trained."""
+        return self.vision is not None and any(p.requires_grad for p in self.vision.parameters())
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts there are, by name: llm, projector, vision."""
+        return {name: module for name in PARTS if (module := getattr(self, name)) is not None}
+
+    def train(self, mode: bool = True) -> "LlavaModel":
+        """As torch's, but a frozen encoder stays in eval mode: it is only ever run forward."""
+        super().train(mode)
+        if self.vision is not None and not self.vision_trains:
+            self.vision.eval()
+        return self
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in the model's dtype, in training and in chat alike."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            yield
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """float[N, 3, H, W] -> float[N, P, Dv], without gradient where the encoder is frozen."""
+        assert self.vision is not None
+        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
+            features: Tensor = self.vision(pixel_values.to(self.device, self._vision_dtype()))
+        return features
+
+    def _vision_dtype(self) -> torch.dtype:
+        assert self.vision is not None
+        return next((p.dtype for p in self.vision.parameters() if p.is_floating_point()), self.dtype)
+
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
+        """float[B, T, D]: word embeddings, with projected picture features at the image tokens."""
+        embeddings = self.causal_lm.get_input_embeddings()
+        if self.image_id is None or self.projector is None:
+            return embeddings(input_ids)  # type: ignore[no-any-return]
+        # the image id may lie beyond the embedding matrix, and its row is replaced anyway
+        embeds: Tensor = embeddings(input_ids.masked_fill(input_ids == self.image_id, 0))
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+        if image_features is None:
+            return self._touched_by_projector(embeds)
+        projected = self.projector(image_features.to(self.device, self._projector_input_dtype()))
+        return masked_image_scatter(embeds, input_ids, projected, self.image_id)
+
+    def _projector_input_dtype(self) -> torch.dtype:
+        assert self.projector is not None
+        return next((p.dtype for p in self.projector.parameters()), self.dtype)
+
+    def _touched_by_projector(self, embeds: Tensor) -> Tensor:
+        """Add a zero-weighted picture where a batch has none, while encoder or projector train.
+
+        Without it a text-only batch gives them no gradient at all: an error in stage 1, where nothing else trains, and
+        a hang where several ranks wait for each other's gradients.
+        """
+        assert self.projector is not None
+        trained = [p for p in self.projector.parameters() if p.requires_grad]
+        if not (self.training and torch.is_grad_enabled() and (trained or self.vision_trains)):
+            return embeds
+        if self.vision_trains and self.pixel_shape:
+            features = self.encode_images(torch.zeros(1, *self.pixel_shape))
+        else:
+            assert self.feature_shape is not None
+            features = torch.zeros(1, *self.feature_shape, device=self.device)
+        touched: Tensor = self.projector(features.to(self._projector_input_dtype())).sum()
+        return embeds + 0.0 * touched.to(embeds.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """`{"loss"}` with labels, `{"logits"}` float[B, T, V] without.
+
+        The loss is the sum over labelled tokens divided by `num_items_in_batch` (their number in the whole optimizer
+        step), or by their number in this batch. Logits are computed where there is a label, and nowhere else.
+        """
+        with self.autocast():
+            inputs = {
+                "inputs_embeds": self.embed(input_ids, pixel_values, image_features),
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "use_cache": False,  # with a cache, transformers silently lets packed samples see each other
+            }
+            if position_ids is not None and attention_mask is None:
+                inputs |= attention.document_limits(position_ids)
+            if labels is None:
+                return {"logits": self.causal_lm(**inputs).logits}
+            targets = labels[:, 1:]
+            keep = torch.nonzero((targets != IGNORE_INDEX).any(dim=0)).flatten()
+            logits = self.causal_lm(**inputs, logits_to_keep=keep).logits
+            return {"loss": token_mean(logits, targets[:, keep], num_items_in_batch)}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """int64[B, new tokens]: transformers' `generate` on the embedded prompt; padding, if any, is on the left."""
+        with self.autocast(), attention.for_generation(self.causal_lm):
+            embeds = self.embed(input_ids.to(self.device), pixel_values, image_features)
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            generated: Tensor = self.causal_lm.generate(
+                inputs_embeds=embeds, attention_mask=attention_mask.to(self.device), use_cache=True, **options
+            )
+            return generated
+
+
+def token_mean(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross entropy in float32, summed over the labelled tokens and divided by how many the whole step has."""
+    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    count = num_items if num_items is not None else (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
