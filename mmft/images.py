@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 89_478_485  # as Pillow's MAX_IMAGE_PIXELS: 256 MiB of RGB. Pillow itself refuses twice as many.
 # What cameras and data sets hold. Not everything Pillow knows: opening an EPS runs Ghostscript.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
@@ -36,8 +36,9 @@ def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.
         raise DataError(f"{path}: " + ("is a folder, not an image" if path.is_dir() else "no such image file"))
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty (0 bytes), not an image")
+    PILImage.init()  # once a process: registers the formats; AVIF is not in every build of Pillow
     try:
-        with PILImage.open(path, formats=FORMATS) as image:
+        with PILImage.open(path, formats=[name for name in FORMATS if name in PILImage.OPEN]) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mmft.data.shape import Shape, describe_model
 from mmft.data.tokenize import tokenize
-from mmft.errors import DataError, MmftError
+from mmft.errors import CheckpointError, DataError, MmftError
 from mmft.images import open_image
 from mmft.modeling.build import build_model
-from mmft.modeling.checkpoint import read_manifest
+from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
 from mmft.modeling.llava import LlavaModel
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
-from mmft.types import Conversation, Document, TokenizedSample
+from mmft.types import Conversation, TokenizedSample
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -205,6 +205,19 @@ def load_assistant(
     return Assistant(built.eval(), shape, template.for_tokenizer(shape.tokenizer.hf))
 
 
-def answered(conversation: Conversation | Document) -> bool:
-    """Whether there is something to ask: a conversation with an assistant turn."""
-    return isinstance(conversation, Conversation) and any(m.role == "assistant" for m in conversation.messages)
+def find_model(reference: str | None, work_dirs: Path = Path("work_dirs")) -> Path:
+    """The model folder behind a folder, a run, or nothing (the newest finished run under work_dirs).
+
+    Raises `CheckpointError` where there is none.
+    """
+    if reference is None:
+        finished = sorted(work_dirs.glob(f"**/final/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        if not finished:
+            raise CheckpointError(f"no finished run under {work_dirs}; name a model folder or a run")
+        return finished[-1].parent
+    folder = Path(reference)
+    for candidate in (folder, folder / "final", *checkpoints(folder)):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    found = "holds no model (no mmft.json, no final/, no checkpoint)" if folder.is_dir() else "does not exist"
+    raise CheckpointError(f"{reference} {found}; give a run's folder, its final/, or a checkpoint")

@@ -237,3 +237,49 @@ def _read_catalog(manager: pluggy.PluginManager, hook: str, spec_type: type) -> 
             raise PluginError(f"{hook} offers the name {name!r} twice")
         seen.add(name)
     return specs
+
+
+def listing(plugins: Plugins) -> list[dict[str, Any]]:
+    """What `mmft plugins --json` prints: a dict a plugin, with the kinds and names it offers."""
+    kinds = {hook: hook.removeprefix("mmft_").replace("_", " ") for hook in CATALOGS}
+    entries = []
+    for plugin in plugins.plugins:
+        offers = {
+            kinds[hook]: [getattr(spec, "name", None) or str(spec.path) for spec in specs]
+            for hook, specs in plugin.offers.items()
+        }
+        hooks = [hook for hook in EVENTS if plugin.module is not None and hasattr(plugin.module, hook)]
+        shared = {
+            spec.name: [other.name for other in plugins.plugins if other is not plugin and _offers(other, hook, spec)]
+            for hook, specs in plugin.offers.items()
+            for spec in specs
+            if hasattr(spec, "name")
+        }
+        entries.append(
+            {
+                "name": plugin.name,
+                "from": plugin.distribution,
+                "offers": offers,
+                "hooks": hooks,
+                "error": plugin.error,
+                "also": {name: owners for name, owners in shared.items() if owners},
+            }
+        )
+    return entries
+
+
+def _offers(plugin: Plugin, hook: str, spec: Any) -> bool:
+    return any(getattr(other, "name", None) == spec.name for other in plugin.offers.get(hook, ()))
+
+
+def offers_text(entry: dict[str, Any]) -> str:
+    """One line: `chat templates: vicuna (also offered by llava) | hooks: mmft_callbacks`."""
+    if entry["error"]:
+        return f"NOT LOADED  {entry['error']}"
+
+    def named(name: str) -> str:
+        owners = entry["also"].get(name)
+        return f"{name} (also offered by {', '.join(owners)})" if owners else name
+
+    parts = [f"{kind}: {', '.join(map(named, names))}" for kind, names in entry["offers"].items()]
+    return " | ".join([*parts, *([f"hooks: {', '.join(entry['hooks'])}"] if entry["hooks"] else [])])

@@ -1,12 +1,17 @@
 """What the model will learn, shown to a person: each token run in the colour of its fate."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from rich.text import Text as Styled
 
-from mmft.data.tokenize import Tokenizer
+from mmft.config import TrainConfig
+from mmft.data.dataset import iterate_samples, render_sample
+from mmft.data.shape import describe_model
+from mmft.data.tokenize import Tokenizer, tokenize
+from mmft.errors import DataError
+from mmft.plugins import Plugins
 from mmft.types import TokenizedSample
 
 TRAINED, CONTEXT, PICTURE = "bold green", "dim", "magenta"
@@ -47,3 +52,25 @@ def _runs(sample: TokenizedSample, tokenizer: Tokenizer) -> Iterator[tuple[int, 
     for start, stop in pairwise(bounds):
         if stop > start:
             yield start, stop, ("context", "trained", "image")[kinds[start]]
+
+
+def show_samples(config: TrainConfig, plugins: Plugins, number: int) -> Iterator[Styled]:
+    """The first `number` samples of each dataset, with what would be dropped and why."""
+    shape = describe_model(config.model, plugins)
+    template = plugins.chat_templates.get(config.data.chat_template).for_tokenizer(shape.tokenizer.hf)
+    yield legend()
+    for dataset in config.data.datasets:
+        for record, _, sample in islice(iterate_samples(dataset, plugins), number):
+            where = f"\n{dataset.source.options.get('path', dataset.source.name)} record {record}"
+            try:
+                if isinstance(sample, str):
+                    raise DataError(sample)
+                tokenized = tokenize(render_sample(sample, template, shape.tokenizer), shape.tokenizer)
+            except DataError as error:
+                yield Styled(f"{where}: dropped: {error}", "red")
+                continue
+            note = (
+                f", longer than max_length {config.data.max_length}" if len(tokenized) > config.data.max_length else ""
+            )
+            yield Styled(f"{where}: {describe_sample(tokenized)}{note}", "bold")
+            yield show_sample(tokenized, shape.tokenizer)

@@ -1,0 +1,192 @@
+"""Exact-match accuracy on held-out questions, beside the answer that needs no model.
+
+Each question is asked on its own, with its pictures, in a fresh conversation: nothing of the reference answers is in the
+prompt. An answer counts when it equals the reference after case and outer whitespace are taken away.
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmft.config import Dataset, use
+from mmft.data.dataset import iterate_samples
+from mmft.errors import DataError
+from mmft.inference import Assistant, Generation
+from mmft.plugins import Plugins
+from mmft.types import Conversation, Message, Text
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, what should come, and the kind of question it is."""
+
+    conversation: Conversation
+    reference: str
+    kind: str
+
+    @property
+    def text(self) -> str:
+        """The question itself, which the baseline looks up."""
+        return self.conversation.messages[-1].text.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One line of answers.jsonl."""
+
+    question: str
+    images: tuple[str, ...]
+    kind: str
+    reference: str
+    answer: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracies by kind, and those of the baseline; `overall` is over all questions."""
+
+    answers: tuple[Answered, ...]
+    baseline: dict[str, float]
+    seconds: float
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Share of right answers, overall and by kind."""
+        return _by_kind([(a.kind, a.correct) for a in self.answers])
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of kind, questions, accuracy, baseline."""
+        counts = Counter(a.kind for a in self.answers)
+        counts["overall"] = len(self.answers)
+        rows = [("kind", "questions", "accuracy", "most frequent answer")]
+        for kind, accuracy in self.accuracy.items():
+            base = f"{self.baseline[kind]:.3f}" if kind in self.baseline else "-"
+            rows.append((kind, str(counts[kind]), f"{accuracy:.3f}", base))
+        return rows
+
+
+def read_questions(dataset: Dataset, plugins: Plugins, *, kind_key: str = "kind") -> list[Question]:
+    """Every answered user turn of a dataset as a question of its own; `kind_key` names a record's list of kinds.
+
+    A later turn keeps its conversation's pictures and loses its text history: questions here stand alone.
+    """
+    questions = []
+    for number, record, sample in iterate_samples(dataset, plugins):
+        if not isinstance(sample, Conversation):
+            reason = sample if isinstance(sample, str) else "is a document, not a conversation"
+            raise DataError(f"{dataset.source.options.get('path')} record {number}: {reason}")
+        kinds = record.get(kind_key) or []
+        images = sample.images
+        pairs = [
+            (asked, reply)
+            for asked, reply in zip(sample.messages, sample.messages[1:], strict=False)
+            if asked.role == "user" and reply.role == "assistant"
+        ]
+        system = tuple(message for message in sample.messages if message.role == "system")
+        for index, (asked, reply) in enumerate(pairs):
+            turn = asked if asked.images or not images else _with_pictures(pairs[0][0], asked)
+            kind = str(kinds[index]) if isinstance(kinds, list) and index < len(kinds) else "answers"
+            questions.append(Question(Conversation((*system, turn)), reply.text, kind))
+    return questions
+
+
+def _with_pictures(first: Message, asked: Message) -> Message:
+    """A later question, shown the pictures of the first the way the first shows them."""
+    lead = tuple(Text("\n") if isinstance(part, Text) else part for part in first.parts)
+    return Message("user", (*lead, *asked.parts))
+
+
+def evaluate_files(
+    assistant: Assistant,
+    plugins: Plugins,
+    *,
+    questions: Path,
+    data_map: str,
+    image_folder: Path | None = None,
+    training: Path | None = None,
+    training_image_folder: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> Result:
+    """`evaluate` over a json or jsonl file; `training` is the file the baseline learns its answers from."""
+
+    def read(path: Path, folder: Path | None) -> list[Question]:
+        source = use("jsonl" if path.suffix == ".jsonl" else "json", path=path)
+        return read_questions(Dataset(source=source, data_map=data_map, image_folder=folder), plugins)
+
+    known = read(training, training_image_folder or image_folder) if training else []
+    return evaluate(assistant, read(questions, image_folder), training=known, limit=limit, batch_size=batch_size)
+
+
+def evaluate(
+    assistant: Assistant,
+    questions: Sequence[Question],
+    *,
+    training: Iterable[Question] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
+    """Ask the questions (a fixed random `limit` of them), greedily, in batches of like length."""
+    asked = list(questions)
+    if limit is not None and limit < len(asked):
+        asked = random.Random(seed).sample(asked, limit)
+    asked.sort(key=lambda question: len(question.text))
+    began = time.monotonic()
+    answers: list[Answered] = []
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        given = assistant.answer_batch([q.conversation for q in batch], Generation(max_new_tokens=max_new_tokens))
+        for question, answer in zip(batch, given, strict=True):
+            correct = _normal(answer) == _normal(question.reference)
+            images = tuple(str(image.source) for image in question.conversation.images)
+            answers.append(Answered(question.text, images, question.kind, question.reference, answer, correct))
+        progress(len(answers), len(asked))
+    return Result(tuple(answers), baseline(asked, training), time.monotonic() - began)
+
+
+def baseline(asked: Sequence[Question], training: Iterable[Question]) -> dict[str, float]:
+    """The accuracy of giving each question its most frequent training answer, and unknown ones the most frequent."""
+    by_text: dict[str, Counter[str]] = {}
+    every: Counter[str] = Counter()
+    for question in training:
+        by_text.setdefault(question.text, Counter())[_normal(question.reference)] += 1
+        every[_normal(question.reference)] += 1
+    if not every:
+        return {}
+    fallback = every.most_common(1)[0][0]
+    guesses = {text: answers.most_common(1)[0][0] for text, answers in by_text.items()}
+    return _by_kind([(q.kind, guesses.get(q.text, fallback) == _normal(q.reference)) for q in asked])
+
+
+def _by_kind(results: Sequence[tuple[str, bool]]) -> dict[str, float]:
+    shares = {"overall": sum(right for _, right in results) / max(1, len(results))}
+    for kind in sorted({kind for kind, _ in results}):
+        own = [right for k, right in results if k == kind]
+        shares[kind] = sum(own) / len(own)
+    return shares
+
+
+def _normal(text: str) -> str:
+    return text.strip().lower()
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """eval.json with the figures and answers.jsonl with every answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "accuracy": result.accuracy,
+        "baseline": result.baseline,
+        "questions": len(result.answers),
+        "seconds": round(result.seconds, 1),
+    }
+    (folder / "eval.json").write_text(json.dumps(figures, indent=2), "utf-8")
+    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in result.answers)
+    (folder / "answers.jsonl").write_text(lines, "utf-8")
