@@ -1,5 +1,6 @@
 """The command line. Each command parses and calls one function; heavy imports happen inside, so help is quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ def main() -> None:
     from mmft.errors import MmftError
 
     debug = "--debug" in sys.argv
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # plain lines in a log file
     try:
         code = cli(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
     except click.ClickException as error:

@@ -63,7 +63,7 @@ class Result:
         """Rows of kind, questions, accuracy, baseline."""
         counts = Counter(a.kind for a in self.answers)
         counts["overall"] = len(self.answers)
-        rows = [("kind", "questions", "accuracy", "most frequent answer")]
+        rows: list[tuple[str, ...]] = [("kind", "questions", "accuracy", "most frequent answer")]
         for kind, accuracy in self.accuracy.items():
             base = f"{self.baseline[kind]:.3f}" if kind in self.baseline else "-"
             rows.append((kind, str(counts[kind]), f"{accuracy:.3f}", base))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from mmft.config import TrainConfig
 from mmft.config.check import check_config
@@ -151,18 +151,21 @@ def make_trainer(
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     counts = lambda: (trainer.seen_tokens, trainer.trained_tokens, trainer.seen_images)  # noqa: E731
     going_on = Report(lambda: write_report(facts, state=f"running, step {trainer.state.global_step}"))
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     for callback in (Metrics(folder / "metrics.jsonl", counts, start_step=start), sampling, interrupt, going_on):
         trainer.add_callback(callback)
+    if "tensorboard" in config.runtime.report_to:
+        trainer.add_callback(_tensorboard(folder / "tensorboard"))
     for callback in plugins.call("mmft_callbacks", config=config):
         trainer.add_callback(callback)
     return trainer, interrupt, sampling
 
 
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
 
-    return PrinterCallback  # type: ignore[no-any-return]
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 def find_checkpoint(config: TrainConfig, resume: Path | bool) -> Path | None:

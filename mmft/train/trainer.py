@@ -41,12 +41,12 @@ class MMTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim.optimizer` names, over our parameter groups."""
-        optimizer: torch.optim.Optimizer | None = self.optimizer
-        if optimizer is None:
+        existing: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
+        if existing is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(self.model if model is None else model, self.config.optim)
-            self.optimizer = optimizer = optimizer_class(groups, **options)
-        return optimizer
+            existing = self.optimizer = optimizer_class(groups, **options)
+        return existing
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """As transformers', and count what is seen: padding is not."""
@@ -138,8 +138,7 @@ def training_arguments(config: TrainConfig, *, dtype: torch.dtype, device: torch
         save_strategy="steps",
         save_steps=runtime.save_steps,
         save_total_limit=None,  # we let go of old checkpoints ourselves, after the new one is complete
-        report_to=list(runtime.report_to) or "none",
-        logging_dir=str(runtime.output_dir / "tensorboard"),
+        report_to=[name for name in runtime.report_to if name != "tensorboard"] or "none",
         dataloader_num_workers=config.data.num_workers,
         dataloader_pin_memory=device.type == "cuda",
         dataloader_drop_last=False,

@@ -1,0 +1,192 @@
+"""A chat page with pictures, on this machine: Gradio over `ChatSession`.
+
+What a visitor has said lives in `gr.State`, which Gradio keeps apart for every open page; the chat area only shows it
+and is never read back. Each question makes a `ChatSession` from it, and the model answers one question at a time.
+"""
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from mmft.chat.session import ChatSession, answer, question
+from mmft.errors import MmftError
+from mmft.inference import Assistant, Generation
+from mmft.types import Message
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+log = logging.getLogger("mmft")
+MAX_UPLOAD = "20mb"  # each picture
+MAX_WAITING = 16  # questions in the queue; the page says so to those beyond
+DAY = 24 * 3600  # seconds
+CSS = """
+.gradio-container { max-width: 860px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.15rem; margin: 0; }
+#title p { color: var(--body-text-color-subdued); margin: 0; }
+#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and what came of it: an answer, perhaps stopped early, or an error. `answer` is None before it begins."""
+
+    text: str
+    images: tuple[str, ...] = ()
+    answer: str | None = None
+    error: str | None = None
+
+
+def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None:
+    """Serve the page until Ctrl-C. Uploads live in a folder of this server and are deleted with it.
+
+    Raises `MmftError` where the address cannot be used or gradio is not installed.
+    """
+    gr = _gradio()
+    _check_address(host, port)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        log.warning("%s: everybody who reaches this machine can use the page; there is no password", host)
+    with tempfile.TemporaryDirectory(prefix="mmft-web-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # gradio has no argument for it, and shares /tmp/gradio between users
+        page = build_page(assistant, Generation())
+        try:
+            page.launch(
+                server_name=host, server_port=port, share=share, inbrowser=False, quiet=False, show_error=False,
+                max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
+                footer_links=[], css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
+            )  # fmt: skip
+        except OSError as error:
+            raise MmftError(f"cannot serve on {host}:{port}: {error}; give another --port") from error
+
+
+def _gradio() -> Any:
+    try:
+        import gradio
+    except ImportError as error:
+        raise MmftError('the page needs gradio; run: pip install "mmft[web]"') from error
+    return gradio
+
+
+def _check_address(host: str, port: int) -> None:
+    """Gradio's own message speaks of a range of ports, whatever the cause."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MmftError(f"cannot serve on {host}:{port}: {reason}; give another --port or --host") from error
+
+
+def build_page(assistant: Assistant, generation: Generation) -> "gr.Blocks":
+    """The page, to be launched. Text models get a box without pictures."""
+    gr = _gradio()
+    one_at_a_time = Lock()  # beside the queue: a stopped answer may still be finishing its token
+
+    def accept(given: Any, turns: tuple[Turn, ...]) -> tuple[Any, ...]:
+        """Show the question at once, before it waits its turn."""
+        asked = _asked(given)
+        if asked is None:
+            return None, gr.skip(), gr.skip(), gr.skip()
+        return asked, shown((*turns, asked)), box(value=None, submit_btn=False, stop_btn=True), off
+
+    def reply(asked: Turn | None, turns: tuple[Turn, ...]) -> Iterator[tuple[Any, ...]]:
+        """Every state of the answer while it grows, each a whole conversation, so that stopping keeps the last."""
+        if asked is None:
+            yield gr.skip(), gr.skip()
+            return
+        with one_at_a_time, closing(answered(assistant, generation, asked, turns)) as states:  # type: ignore[type-var]
+            for turn in states:
+                yield (*turns, turn), shown((*turns, turn))
+
+    box: Any = gr.MultimodalTextbox if assistant.sees else gr.Textbox
+    options = {"sources": ["upload"], "file_types": ["image"], "file_count": "multiple"} if assistant.sees else {}
+    on, off = gr.Button(interactive=True), gr.Button(interactive=False)
+    with gr.Blocks(analytics_enabled=False, title="mmft chat", fill_height=True, delete_cache=(3600, DAY)) as page:
+        with gr.Row(equal_height=True):
+            gr.HTML(value=_title(assistant), elem_id="title")
+            fresh = gr.Button("New chat", size="sm", scale=0, min_width=100)
+        chat = gr.Chatbot(
+            show_label=False, elem_id="chat", scale=1, buttons=["copy"], render_markdown=False, sanitize_html=False,
+            allow_tags=False, latex_delimiters=[], feedback_options=None, placeholder=_hint(assistant),
+        )  # fmt: skip
+        entry = box(show_label=False, container=False, placeholder=_hint(assistant), autofocus=True, **options)
+        turns, asked = gr.State(()), gr.State(None)
+        hidden = {"show_progress": "hidden", "api_visibility": "private"}
+        accepted = entry.submit(accept, [entry, turns], [asked, chat, entry, fresh], queue=False, **hidden)
+        replied = accepted.then(reply, [asked, turns], [turns, chat], concurrency_limit=1, api_visibility="private")
+        replied.then(lambda: (box(submit_btn=True, stop_btn=False), on), None, [entry, fresh], queue=False, **hidden)
+        entry.stop(None, None, None, cancels=[replied], queue=False)
+        fresh.click(lambda: ((), []), None, [turns, chat], queue=False, **hidden)
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    return page
+
+
+def answered(assistant: Assistant, generation: Generation, asked: Turn, turns: Sequence[Turn]) -> Iterator[Turn]:
+    """The turn while its answer grows; one that ends in an error says it and leaves nothing to the turns after it."""
+    session = ChatSession(assistant, generation, history=history(turns))
+    text = ""
+    yield asked
+    try:
+        with closing(session.ask(asked.text, asked.images)) as pieces:
+            for piece in pieces:
+                text += piece
+                yield replace(asked, answer=text)
+        yield replace(asked, answer=text)
+    except MmftError as error:
+        yield replace(asked, error=str(error).replace(str(Path(tempfile.gettempdir())), ""))
+    except Exception as error:  # a bug of ours or a full GPU: the log has the traceback, the page stays usable
+        log.exception("the question %r failed", asked.text)
+        yield replace(asked, error=f"{type(error).__name__}; see the terminal of mmft web")
+
+
+def history(turns: Sequence[Turn]) -> tuple[Message, ...]:
+    """What the model is told of earlier turns: those that were answered."""
+    done = [(turn, turn.answer) for turn in turns if turn.answer is not None and turn.error is None]
+    return tuple(message for turn, text in done for message in (question(turn.text, turn.images), answer(text)))
+
+
+def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns as Gradio's chat messages. A picture that could not be read is shown by its name."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        pictures = [_text(Path(image).name) if turn.error else {"path": image} for image in turn.images]
+        messages.append({"role": "user", "content": [*pictures, *([_text(turn.text)] if turn.text else [])]})
+        if turn.error is not None:
+            messages.append({"role": "assistant", "content": [_text(f"⚠ not answered: {turn.error}")]})
+        elif turn.answer is not None:
+            messages.append({"role": "assistant", "content": [_text(turn.answer)]})
+    return messages
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}  # a plain string would lose its indentation to inspect.cleandoc
+
+
+def _asked(given: Any) -> Turn | None:
+    """The turn of what is in the box: a string, or a dict with text and files. None where it is empty."""
+    text, files = (given, ()) if isinstance(given, str) else (given.get("text") or "", given.get("files") or ())
+    return Turn(text, tuple(map(str, files))) if text.strip() or files else None
+
+
+def _title(assistant: Assistant) -> str:
+    from html import escape
+
+    name = str(getattr(assistant.model.causal_lm.config, "name_or_path", "") or "language model")
+    name = Path(name).name if Path(name).is_absolute() else name
+    size = sum(parameter.numel() for parameter in assistant.model.parameters())
+    kind = "sees pictures" if assistant.sees else "text only"
+    return (
+        f"<h1>mmft chat</h1><p>{escape(name)} · {size / 1e6:,.1f} M parameters · {kind} · {assistant.model.device}</p>"
+    )
+
+
+def _hint(assistant: Assistant) -> str:
+    return "Ask something, with pictures if you like" if assistant.sees else "Ask something"
