@@ -37,7 +37,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and what came of it: an answer, perhaps stopped early, or an error. `answer` is None before it begins."""
+    """A question and what came of it: an answer, perhaps stopped early, or an error; before it begins, neither."""
 
     text: str
     images: tuple[str, ...] = ()

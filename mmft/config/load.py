@@ -115,9 +115,13 @@ def override(config: TrainConfig, values: Mapping[str, Any], *, where: str = "")
         problem = _set_at(tree, config, path, value)
         if problem:
             problems.append(Problem(f"{where}{path}={value}", problem))
+    try:
+        changed = validate(tree, where)
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return validate(tree, where)
+    return changed
 
 
 def _set_at(tree: Any, node: Any, path: str, value: Any) -> str:

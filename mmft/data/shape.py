@@ -25,7 +25,7 @@ class Shape:
 
 
 def describe_model(model: Model, plugins: Plugins, folder: Path | None = None) -> Shape:
-    """The tokenizer and the picture geometry; reads no weight. `folder` is a model folder with a tokenizer of its own."""
+    """The tokenizer and the picture geometry, without a weight; `folder` is a model folder with its own tokenizer."""
     info, tokens = None, 0
     if model.vision:
         try:

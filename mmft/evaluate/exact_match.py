@@ -1,7 +1,7 @@
 """Exact-match accuracy on held-out questions, beside the answer that needs no model.
 
-Each question is asked on its own, with its pictures, in a fresh conversation: nothing of the reference answers is in the
-prompt. An answer counts when it equals the reference after case and outer whitespace are taken away.
+Each question is asked on its own, with its pictures, in a fresh conversation: nothing of the reference answers is in
+the prompt. An answer counts when it equals the reference after case and outer whitespace are taken away.
 """
 
 import json

@@ -4,7 +4,8 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -96,8 +97,9 @@ class SampleChat(TrainerCallback):  # type: ignore[misc]
         self._assistant, self._prompts, self._every, self._folder = assistant, prompts, every, folder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every `sample_steps` steps."""
-        if self._every and state.global_step % self._every == 0 and state.is_world_process_zero:
+        """Every `sample_steps` steps; the last one is asked when the run is saved."""
+        due = self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps
+        if due and state.is_world_process_zero:
             self.ask(state.global_step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,10 +142,15 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def install(self) -> None:
-        """Take over both signals, for this process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take over both signals while training."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -56,6 +56,8 @@ def train(
     """
     check_config(config, plugins)
     folder = config.runtime.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    start_log(folder / "run.log")
     checkpoint = find_checkpoint(config, resume)
     prepare_folder(config, source, going_on=checkpoint is not None, overwrite=overwrite)
     device, dtype = device_and_dtype(config.runtime)
@@ -74,9 +76,9 @@ def train(
     features = cached_features(config, shape, built, store, dtype)
     facts = Facts(config, modules, store.summary(), store.drops, f"{device} {NAMES[dtype]}")
     trainer, interrupt, sampling = make_trainer(config, plugins, built, shape, store, features, facts, checkpoint)
-    interrupt.install()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with interrupt.installed():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("mmft.errors.DataError: ")) from error
     if interrupt.received is not None:
@@ -193,7 +195,7 @@ def find_checkpoint(config: TrainConfig, resume: Path | bool) -> Path | None:
 
 
 def prepare_folder(config: TrainConfig, source: Path | None, *, going_on: bool, overwrite: bool) -> None:
-    """Make the run's folder and write its config there. An earlier run in it is never overwritten unasked."""
+    """Write the config into the run's folder. An earlier run in it is never overwritten unasked."""
     folder = config.runtime.output_dir
     earlier = [*checkpoints(folder), *folder.glob("final")]
     if earlier and not going_on:
@@ -205,11 +207,9 @@ def prepare_folder(config: TrainConfig, source: Path | None, *, going_on: bool, 
         for path in (*earlier, folder / "samples", folder / "tensorboard"):
             shutil.rmtree(path, ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(dump_config(config), "utf-8")
     if source and source.suffix == ".py" and source.resolve() != (folder / "config.py").resolve():
         shutil.copyfile(source, folder / "config.py")
-    start_log(folder / "run.log")
 
 
 def start_log(path: Path) -> None:

@@ -186,7 +186,7 @@ def _trained_spans(
     if not strict:
         return []
     raise DataError(
-        f"chat template 'auto': message {turns[-1]} cannot be trained: {spans[-1]}; choose another template"
+        f"chat template 'auto': messages[{turns[-1]}] cannot be trained: {spans[-1]}; choose another template"
     )
 
 

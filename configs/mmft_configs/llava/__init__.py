@@ -1,0 +1,1 @@
+"""LLaVA in two stages."""
