@@ -170,9 +170,14 @@ def load_plugins(extra_modules: Sequence[ModuleType] = ()) -> Plugins:
             plugins.append(Plugin(f"{point.name}@{_distribution(point)}", _distribution(point), error=text))
             continue
         plugins.append(_guarded(point.name, _distribution(point), point.load))
-    for module in extra_modules:
-        plugins.append(_guarded(module.__name__, "", lambda module=module: module))  # type: ignore[misc]
+    loaded = [plugin.module for plugin in plugins]
+    plugins += [read_plugin(module) for module in extra_modules if module not in loaded]
     return Plugins(plugins)
+
+
+def read_plugin(module: ModuleType) -> Plugin:
+    """A module as a plugin, named after itself; what is wrong with it is in `error`."""
+    return _guarded(module.__name__, "", lambda: module)
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -156,9 +156,9 @@ def check_plugin(module: ModuleType) -> list[str]:
 
     Raises `PluginError` naming the offer and the rule it breaks.
     """
-    from mmft.plugins import load_plugins
+    from mmft.plugins import read_plugin
 
-    plugin = next(p for p in load_plugins((module,)).plugins if p.name == module.__name__)
+    plugin = read_plugin(module)
     if plugin.error:
         raise PluginError(f"{plugin.origin}: {plugin.error}")
     checked = []

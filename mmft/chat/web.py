@@ -6,11 +6,14 @@ and is never read back. Each question makes a `ChatSession` from it, and the mod
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
+from html import escape
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -27,11 +30,17 @@ log = logging.getLogger("mmft")
 MAX_UPLOAD = "20mb"  # each picture
 MAX_WAITING = 16  # questions in the queue; the page says so to those beyond
 DAY = 24 * 3600  # seconds
+# Text is shown as it is, so its line breaks and spaces are kept. Hidden: Gradio's own "Clear", which empties the screen
+# and not the conversation, and "Share", which would upload a picture.
 CSS = """
-.gradio-container { max-width: 860px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 900px !important; margin: 0 auto !important; }
+#top { align-items: center; flex-wrap: nowrap; }
 #title h1 { font-size: 1.15rem; margin: 0; }
 #title p { color: var(--body-text-color-subdued); margin: 0; }
-#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; }
+#chat .message, #chat .message-markdown-disabled { white-space: normal; }
+#chat .message-content .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+#chat .image-frame img { max-height: 320px; width: auto; }
+#chat button[aria-label="Clear"], #chat button[aria-label="Share"] { display: none; }
 """
 
 
@@ -55,16 +64,26 @@ def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, sh
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("%s: everybody who reaches this machine can use the page; there is no password", host)
     with tempfile.TemporaryDirectory(prefix="mmft-web-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads  # gradio has no argument for it, and shares /tmp/gradio between users
+        _prepare_process(uploads, host)
         page = build_page(assistant, Generation())
         try:
-            page.launch(
-                server_name=host, server_port=port, share=share, inbrowser=False, quiet=False, show_error=False,
+            _, local, public = page.launch(
+                server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True,
                 max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
                 footer_links=[], css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
             )  # fmt: skip
-        except OSError as error:
-            raise MmftError(f"cannot serve on {host}:{port}: {error}; give another --port") from error
+        except (OSError, ValueError) as error:
+            raise MmftError(f"cannot serve on {host}:{port}: {error}") from error
+        print(f"open {public or local} (Ctrl-C ends)", flush=True)  # noqa: T201
+        page.block_thread()
+
+
+def _prepare_process(uploads: str, host: str) -> None:
+    """What gradio takes from the environment alone, and an end by SIGTERM that is as clean as one by Ctrl-C."""
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # else /tmp/gradio, which all users of a machine share
+    local = ",".join(filter(None, (os.environ.get("no_proxy"), "localhost", "127.0.0.1", host)))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = local  # gradio calls its own server once, through a proxy if set
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _gradio() -> Any:
@@ -95,7 +114,7 @@ def build_page(assistant: Assistant, generation: Generation) -> "gr.Blocks":
         asked = _asked(given)
         if asked is None:
             return None, gr.skip(), gr.skip(), gr.skip()
-        return asked, shown((*turns, asked)), box(value=None, submit_btn=False, stop_btn=True), off
+        return asked, shown((*turns, asked)), box(value=None, interactive=False, submit_btn=False, stop_btn=True), off
 
     def reply(asked: Turn | None, turns: tuple[Turn, ...]) -> Iterator[tuple[Any, ...]]:
         """Every state of the answer while it grows, each a whole conversation, so that stopping keeps the last."""
@@ -109,20 +128,28 @@ def build_page(assistant: Assistant, generation: Generation) -> "gr.Blocks":
     box: Any = gr.MultimodalTextbox if assistant.sees else gr.Textbox
     options = {"sources": ["upload"], "file_types": ["image"], "file_count": "multiple"} if assistant.sees else {}
     on, off = gr.Button(interactive=True), gr.Button(interactive=False)
-    with gr.Blocks(analytics_enabled=False, title="mmft chat", fill_height=True, delete_cache=(3600, DAY)) as page:
-        with gr.Row(equal_height=True):
+    with gr.Blocks(
+        analytics_enabled=False, title="mmft chat", fill_height=True, fill_width=True, delete_cache=(3600, DAY)
+    ) as page:
+        with gr.Row(elem_id="top"):
             gr.HTML(value=_title(assistant), elem_id="title")
             fresh = gr.Button("New chat", size="sm", scale=0, min_width=100)
         chat = gr.Chatbot(
-            show_label=False, elem_id="chat", scale=1, buttons=["copy"], render_markdown=False, sanitize_html=False,
-            allow_tags=False, latex_delimiters=[], feedback_options=None, placeholder=_hint(assistant),
+            show_label=False, elem_id="chat", scale=1, buttons=[], render_markdown=False, sanitize_html=True,
+            allow_tags=False, latex_delimiters=[], feedback_options=None,
         )  # fmt: skip
         entry = box(show_label=False, container=False, placeholder=_hint(assistant), autofocus=True, **options)
         turns, asked = gr.State(()), gr.State(None)
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
         accepted = entry.submit(accept, [entry, turns], [asked, chat, entry, fresh], queue=False, **hidden)
         replied = accepted.then(reply, [asked, turns], [turns, chat], concurrency_limit=1, api_visibility="private")
-        replied.then(lambda: (box(submit_btn=True, stop_btn=False), on), None, [entry, fresh], queue=False, **hidden)
+        replied.then(
+            lambda: (box(interactive=True, submit_btn=True, stop_btn=False), on),
+            None,
+            [entry, fresh],
+            queue=False,
+            **hidden,
+        )
         entry.stop(None, None, None, cancels=[replied], queue=False)
         fresh.click(lambda: ((), []), None, [turns, chat], queue=False, **hidden)
     page.queue(max_size=MAX_WAITING, api_open=False)
@@ -141,7 +168,8 @@ def answered(assistant: Assistant, generation: Generation, asked: Turn, turns: S
                 yield replace(asked, answer=text)
         yield replace(asked, answer=text)
     except MmftError as error:
-        yield replace(asked, error=str(error).replace(str(Path(tempfile.gettempdir())), ""))
+        folders = {f"{Path(image).parent}/" for image in asked.images}  # of the server, and of no use to a visitor
+        yield replace(asked, error=reduce(lambda text, folder: text.replace(folder, ""), folders, str(error)))
     except Exception as error:  # a bug of ours or a full GPU: the log has the traceback, the page stays usable
         log.exception("the question %r failed", asked.text)
         yield replace(asked, error=f"{type(error).__name__}; see the terminal of mmft web")
@@ -167,7 +195,11 @@ def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}  # a plain string would lose its indentation to inspect.cleandoc
+    """Escaped, because gradio 6.31 puts a message into the page as HTML even with `render_markdown=False`.
+
+    A plain string instead of this dict would lose its indentation to `inspect.cleandoc`.
+    """
+    return {"type": "text", "text": escape(text, quote=False)}
 
 
 def _asked(given: Any) -> Turn | None:
@@ -177,15 +209,10 @@ def _asked(given: Any) -> Turn | None:
 
 
 def _title(assistant: Assistant) -> str:
-    from html import escape
-
     name = str(getattr(assistant.model.causal_lm.config, "name_or_path", "") or "language model")
     name = Path(name).name if Path(name).is_absolute() else name
-    size = sum(parameter.numel() for parameter in assistant.model.parameters())
     kind = "sees pictures" if assistant.sees else "text only"
-    return (
-        f"<h1>mmft chat</h1><p>{escape(name)} · {size / 1e6:,.1f} M parameters · {kind} · {assistant.model.device}</p>"
-    )
+    return f"<h1>mmft chat</h1><p>{escape(name)} · {kind} · on {assistant.model.device}</p>"
 
 
 def _hint(assistant: Assistant) -> str:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmft.errors import DataError
 from mmft.images import open_image
 from mmft.types import IGNORE_INDEX, Batch, Image, PackedSample, TokenizedSample
 
@@ -44,9 +45,17 @@ class Collator:
         if images and self.features is not None:
             batch["image_features"] = self.features.read(images)
         elif images:
-            assert self.transform is not None
-            batch["pixel_values"] = torch.stack([self.transform(open_image(image.source)) for image in images])
+            batch["pixel_values"] = torch.stack([self._pixels(image) for image in images])
         return batch
+
+    def _pixels(self, image: Image) -> Tensor:
+        """float32[3, H, W] of one picture; an error names it."""
+        opened = open_image(image.source)
+        assert self.transform is not None
+        try:
+            return self.transform(opened)
+        except DataError as error:
+            raise DataError(f"{image.source}: {error}") from error
 
 
 def labels_of(sample: TokenizedSample) -> NDArray[np.int64]:

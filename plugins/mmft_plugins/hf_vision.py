@@ -176,8 +176,9 @@ def _read_transform(
     _must_agree(transform, processor, path)
     if image_size is not None:
         square = (image_size, image_size)
-        shape = {"resize": image_size, "crop": square} if isinstance(edges, int) else {"resize": square}
-        transform = replace(transform, **shape)
+        fixed = isinstance(transform.resize, tuple)
+        crop_to = None if fixed and transform.crop is None else square
+        transform = replace(transform, resize=square if fixed else image_size, crop=crop_to)
     return replace(transform, pad_to_square=pad_to_square)
 
 

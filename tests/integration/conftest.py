@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from PIL import Image
@@ -12,9 +14,15 @@ from PIL import Image
 from mmft.testing import tiny_llm, tiny_vision
 
 HTML = '<img src=x onerror="window.ran=1"><script>window.ran=1</script>\n    <b>4 spaces</b>'
-COUNT = " ".join(str(number) for number in range(10, 80))
-ANSWERS = {"Say hello.": "Hello there.", "Write HTML.": HTML, "Count.": COUNT}
-AGAIN = "Again?", "Hello again."  # what is answered as a second turn, so that a test sees whether history is there
+ANSWERS = {
+    "Say hello.": "Hello there.",
+    "Again?": "Again what?",
+    "What is it?": "I see nothing.",
+    "Write HTML.": HTML,
+    "Paint.": "\x1b[31mred",
+    "Count.": " ".join(["1 2 3 4 5 6 7 8 9 0"] * 15),
+}
+AGAIN = "Again?", "Hello again."  # the answer after "Say hello.", which shows that the model was told of it
 SEEN = "What is it?", "A picture."
 
 CONFIG = """
@@ -35,44 +43,68 @@ config = TrainConfig(
         chat_template="chatml",
         max_length=512,
     ),
-    optim=Optim(lr=8e-3, epochs=60, batch_size_per_device=8, warmup_ratio=0.1),
+    optim=Optim(lr=6e-3, epochs=70, batch_size_per_device=8, warmup_ratio=0.1),
     runtime=Runtime(output_dir=folder / "run", device="cpu", precision="fp32", save_steps=1000),
 )
 """
 
 
-def mmft(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def run_mmft(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "mmft", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=quiet_environment(), **options,
+        check=False, capture_output=True, text=True, timeout=120, env=quiet_environment(), **options,
     )  # fmt: skip
 
 
 def quiet_environment() -> dict[str, str]:
-    """The environment of a machine without network, on two cores."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+    """The environment of a machine without network, compiled files kept from one process to the next."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    cache = str(Path(gettempdir()) / "mmft-tests-pycache")  # without compiled files torch takes 15 s longer to import
+    return {**environment, "PYTHONPYCACHEPREFIX": cache, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def train_tiny(folder: Path, *, sees: bool) -> Path:
-    """Write models, data and a config into a folder, train, and return the run."""
+    """Write models, data and a config into a folder, train until the answers are known by heart, return the run."""
     tiny_llm(folder / "llm", width=64)
-    records = [[("human", question), ("gpt", answer)] for question, answer in ANSWERS.items()]
-    for first in ("Say hello.", "Write HTML."):
-        turns = (first, ANSWERS[first], *AGAIN)
-        records.append(list(zip(("human", "gpt") * 2, turns, strict=True)))
-    data: list[dict[str, object]] = [{"conversations": [{"from": f, "value": v} for f, v in turns]} for turns in records]
+    records = [conversation(question, answer) for question, answer in ANSWERS.items()]
+    records.append(conversation("Say hello.", ANSWERS["Say hello."], *AGAIN))
     if sees:
         tiny_vision(folder / "clip")
         Image.new("RGB", (40, 30), "red").save(folder / "red.png")
-        question, answer = SEEN
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-        data += [{"image": "red.png", "conversations": turns}] * 2
-    (folder / "data.json").write_text(json.dumps(data), "utf-8")
+        records.append({"image": "red.png", **conversation(f"<image>\n{SEEN[0]}", SEEN[1])})
+    short = [record for record in records if len(json.dumps(record)) < 300]  # a long answer drowns them in the mean
+    (folder / "data.json").write_text(json.dumps(records + 2 * short), "utf-8")
     (folder / "tiny.py").write_text(CONFIG.format(folder=str(folder), sees=sees), "utf-8")
-    result = mmft("train", folder / "tiny.py")
+    result = run_mmft("train", folder / "tiny.py")
     assert result.returncode == 0, result.stdout + result.stderr
+    last = json.loads((folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert last["loss"] < 0.1, f"the tiny model did not learn its answers: {last}"
     return folder / "run"
+
+
+def conversation(*turns: str) -> dict[str, object]:
+    """A record of the `llava` data map: question, answer, question, answer."""
+    speakers = ("human", "gpt") * (len(turns) // 2)
+    return {"conversations": [{"from": f, "value": value} for f, value in zip(speakers, turns, strict=True)]}
+
+
+@pytest.fixture
+def mmft() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`mmft("chat", run, "-m", "Hi", input=...)`: the command line in a process of its own, whole result."""
+    return run_mmft
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """The environment of such a process, for tests that start one themselves."""
+    return quiet_environment()
+
+
+@pytest.fixture
+def answers() -> dict[str, str]:
+    """What the tiny runs answer to a first question without a picture."""
+    return dict(ANSWERS)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ BROKEN = {
     "a generator that raises": (
         HEAD
         + "@hookimpl\ndef mmft_data_maps():\n    yield DataMap(name='a', fn=len)\n    raise RuntimeError('late')\n",
-        "OSError: late",
+        "RuntimeError: late",
     ),
     "a catalog that raises": (HEAD + "@hookimpl\ndef mmft_data_maps():\n    return 1 / 0\n", "ZeroDivisionError"),
     "a catalog that is no iterable": (HEAD + "@hookimpl\ndef mmft_data_maps():\n    return 7\n", "not iterable"),

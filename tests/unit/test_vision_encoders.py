@@ -127,6 +127,19 @@ def test_image_size_changes_the_number_of_patches_and_the_picture_seen(kind: str
     assert hf_vision.build(path=tmp_path, image_size=42)(pixels[None]).shape == (1, 36, 32)
 
 
+@pytest.mark.parametrize("size", [{"shortest_edge": 40}, {"height": 40, "width": 44}])
+@pytest.mark.parametrize("crop", [True, False])
+def test_with_image_size_the_processors_resize_and_crop_give_way_to_it(
+    clip: Path, size: dict[str, int], crop: bool
+) -> None:
+    edit_json(clip / "preprocessor_config.json", size=size, do_center_crop=crop)
+    image = Image.new("RGB", (90, 60), "black")
+    image.paste("white", (0, 0, 90, 4))  # the top edge stays in view: the short side is not cropped
+    pixels = hf_vision.describe(path=clip, image_size=21).transform(image)
+    assert pixels.shape == (3, 21, 21)
+    assert (pixels[:, 0] > pixels[:, 10]).all()
+
+
 def test_a_remainder_at_the_edge_makes_no_patch(tmp_path: Path) -> None:
     tiny_vision(tmp_path, "siglip")  # SigLIP-so400m: 384 pixels, patches of 14, 27 x 27 of them
     info = hf_vision.describe(path=tmp_path, image_size=40)

@@ -1,0 +1,112 @@
+"""`mmft chat` as a user runs it: once, through a pipe, and at a terminal."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# A session leader takes the first terminal it opens as the one whose Ctrl-C it gets.
+AT_A_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)
+os.execv(sys.executable, [sys.executable, "-m", "mmft", *sys.argv[1:]])
+"""
+Mmft = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_one_question_prints_the_answer_and_nothing_else(tiny_run: Path, mmft: Mmft) -> None:
+    result = mmft("chat", tiny_run, "--image", tiny_run.parent / "red.png", "-m", "What is it?")
+    assert (result.returncode, result.stdout) == (0, "A picture.\n"), result.stderr
+
+
+def test_each_line_of_a_pipe_is_a_question_of_one_conversation(tiny_run: Path, mmft: Mmft) -> None:
+    lines = [
+        "What is it?",
+        "/reset",
+        "What is it?",
+        "RESET",
+        "/image nowhere.png",
+        "/nonsense",
+        "",
+        "EXIT",
+        "Say hello.",
+    ]
+    picture = tiny_run.parent / "red.png"
+    result = mmft("chat", tiny_run, "--image", picture, input="\n".join(lines) + "\n")
+    assert result.stdout == "A picture.\nA picture.\n"  # with the picture again after a reset; none after EXIT
+    assert "error: nowhere.png: no such image file\n" in result.stderr
+    assert "error: no command /nonsense; there are /image, /reset, /exit and /help\n" in result.stderr
+    assert result.returncode == 2  # two lines had no answer
+
+
+def test_a_text_model_takes_no_picture_and_the_chat_goes_on(tiny_text_run: Path, tiny_run: Path, mmft: Mmft) -> None:
+    lines = [f"/image {tiny_run.parent / 'red.png'}", "Say hello.", "Again?", "RESET", "Again?"]
+    result = mmft("chat", tiny_text_run, input="\n".join(lines))
+    assert "this is a text model, it takes no pictures" in result.stderr
+    assert result.stdout.splitlines() == ["Hello there.", "Hello again.", "Again what?"]
+
+
+class Terminal:
+    """A program at the other end of a pseudo-terminal."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self.screen = ""
+        self.fd, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AT_A_TERMINAL, *arguments],
+            stdin=inner, stdout=inner, stderr=inner, env={**environment, "TERM": "xterm"}, start_new_session=True,
+        )  # fmt: skip
+        os.close(inner)
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What appeared up to and with a text; it is not seen again."""
+        deadline = time.monotonic() + seconds
+        while text not in self.screen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{text!r} did not appear in {self.screen!r}"
+            if select.select([self.fd], [], [], left)[0]:
+                self.screen += os.read(self.fd, 4096).decode("utf-8", "replace")
+        before, _, self.screen = self.screen.partition(text)
+        return before + text
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+
+@pytest.fixture
+def terminal(tiny_text_run: Path, environment: dict[str, str]) -> Iterator[Terminal]:
+    terminal = Terminal(environment, "chat", str(tiny_text_run))
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.fd)
+
+
+def test_a_chat_at_a_terminal(terminal: Terminal, answers: dict[str, str]) -> None:
+    terminal.wait_for("/help lists the commands.")
+    terminal.wait_for("> ")
+    terminal.type("Say hello.\r")
+    assert "<|" not in terminal.wait_for("Hello there.\r\n")  # no special token is shown
+    terminal.wait_for("> ")
+    terminal.type("/reset\r")
+    terminal.wait_for("forgotten")
+    terminal.wait_for("> ")
+    terminal.type("Count.\r")
+    terminal.wait_for("1 2 3")
+    terminal.type("\x03")  # Ctrl-C stops the answer and not the chat
+    assert len(terminal.wait_for("(stopped)")) < len(answers["Count."])
+    terminal.wait_for("> ")
+    terminal.type("/reset\r")
+    terminal.wait_for("> ")
+    terminal.type("Paint.\r")
+    painted = terminal.wait_for("[31mred")
+    assert "\x1b[31m" not in painted, "an escape sequence of the model reached the terminal"
+    terminal.wait_for("> ")
+    terminal.type("\x03")  # at the prompt it ends the chat
+    assert terminal.process.wait(timeout=20) == 0
