@@ -28,7 +28,14 @@ class Commands(click.Group):
         return super().get_command(ctx, name)
 
     def _add_plugin_commands(self) -> None:
-        _plugins().call("mmft_add_commands", cli=self)
+        from mmft.errors import PluginError
+
+        ours = dict(self.commands)
+        try:
+            _plugins().call("mmft_add_commands", cli=self)
+        except PluginError as error:  # help must come up whatever a plugin does
+            click.echo(f"mmft: warning: {error}", err=True)
+        self.commands.update(ours)  # a plugin adds commands, it replaces none
 
 
 def main() -> None:
@@ -66,7 +73,7 @@ def _plugins() -> "Plugins":
         sys.path.insert(0, str(Path.cwd()))
         try:
             modules.append(importlib.import_module(name.removesuffix(".py")))
-        except ImportError as error:
+        except Exception as error:
             raise PluginError(f"--plugin {name}: {error}") from error
         finally:
             sys.path.pop(0)

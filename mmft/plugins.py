@@ -170,8 +170,14 @@ def load_plugins(extra_modules: Sequence[ModuleType] = ()) -> Plugins:
             plugins.append(Plugin(f"{point.name}@{_distribution(point)}", _distribution(point), error=text))
             continue
         plugins.append(_guarded(point.name, _distribution(point), point.load))
-    loaded = [plugin.module for plugin in plugins]
-    plugins += [read_plugin(module) for module in extra_modules if module not in loaded]
+    for module in extra_modules:
+        if any(plugin.module is module for plugin in plugins):
+            continue  # given twice, or installed as well
+        plugin = read_plugin(module)
+        if any(other.name == plugin.name for other in plugins):
+            text = f"the plugin name {plugin.name!r} is also used by an installed plugin; rename the module"
+            plugin = Plugin(f"{plugin.name}@{getattr(module, '__file__', None) or 'module'}", error=text)
+        plugins.append(plugin)
     return Plugins(plugins)
 
 
@@ -218,8 +224,9 @@ def _check_hooks(module: ModuleType) -> None:
         options = getattr(function, "mmft_impl", None)
         if options is None:
             raise PluginError(f"{where} looks like a hook but is not marked with @mmft.hookimpl")
-        if name in CATALOGS and (options["wrapper"] or options["hookwrapper"]):
-            raise PluginError(f"{where}: a catalog hook cannot be a wrapper")
+        if options["wrapper"] or options["hookwrapper"]:  # each plugin is called by itself: it would wrap nothing
+            kind = "a catalog" if name in CATALOGS else "an event"
+            raise PluginError(f"{where}: {kind} hook cannot be a wrapper")
         for parameter in inspect.signature(function).parameters.values():
             if parameter.default is not inspect.Parameter.empty:
                 raise PluginError(f"{where}: parameter {parameter.name!r} has a default; hook parameters have none")

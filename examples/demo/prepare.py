@@ -24,6 +24,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 DESCRIBE = "Describe the picture."
+GUESSABLE = 2
 Question = tuple[str, str, int]  # question, answer, picture number
 
 
@@ -130,7 +131,7 @@ def make_data(folder: Path) -> None:
         shutil.copytree(source / split / "images", folder / split)
     train, test = (json.loads((source / split / "questions.json").read_text()) for split in ("train", "test"))
     captions = {image: caption for image, caption in captions_of(train).items() if caption}
-    write(folder / "pretrain.json", ({"image": f"{i}.png", "caption": caption} for i, caption in captions.items()))
+    write(folder / "pretrain.json", (one_talk(i, [(DESCRIBE, caption)]) for i, caption in captions.items()))
     write(folder / "finetune.json", conversations(train, captions))
     for name, questions in (("train_questions", train), ("test_questions", test)):
         write(folder / f"{name}.json", (one_question(*question) for question in questions))
@@ -174,7 +175,11 @@ def kind_of(question: str, answer: str) -> str:
 
 
 def conversations(questions: Iterable[Question], captions: dict[int, str]) -> Iterable[dict[str, Any]]:
-    """All questions about a picture in one conversation that opens with its description, in random order."""
+    """The questions about a picture in one conversation that opens with its description, in random order.
+
+    Of the yes/no questions that a blind guess gets right (83 % of them), two a picture are kept: with all of them, the
+    guess is learnt long before the comparison is.
+    """
     shuffle: Callable[[list[Any]], None] = random.Random(0).shuffle
     by_image: dict[int, list[Question]] = defaultdict(list)
     for question in questions:
@@ -183,22 +188,24 @@ def conversations(questions: Iterable[Question], captions: dict[int, str]) -> It
         if image not in captions:
             continue
         shuffle(asked)
-        turns = [(DESCRIBE, captions[image]), *((q, a) for q, a, _ in asked)]
-        yield {"id": image, "image": f"{image}.png", "conversations": talk(turns)}
+        guessable = [q for q in asked if q[1] in ("yes", "no") and not confirms(q[0], q[1])]
+        kept = [q for q in asked if q not in guessable] + guessable[:GUESSABLE]
+        shuffle(kept)
+        yield one_talk(image, [(DESCRIBE, captions[image]), *((q, a) for q, a, _ in kept)])
 
 
-def talk(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Turns in LLaVA's format, the picture in the first."""
+def one_talk(image: int, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A conversation in LLaVA's format, the picture in its first turn."""
     lines = []
     for n, (question, answer) in enumerate(turns):
         lines.append({"from": "human", "value": ("<image>\n" if n == 0 else "") + question})
         lines.append({"from": "gpt", "value": answer})
-    return lines
+    return {"id": image, "image": f"{image}.png", "conversations": lines}
 
 
 def one_question(question: str, answer: str, image: int) -> dict[str, Any]:
     """A held-out question alone, with its kind."""
-    return {"image": f"{image}.png", "kind": [kind_of(question, answer)], "conversations": talk([(question, answer)])}
+    return one_talk(image, [(question, answer)]) | {"kind": [kind_of(question, answer)]}
 
 
 if __name__ == "__main__":

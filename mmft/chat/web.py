@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from mmft.inference import Assistant, Generation
 from mmft.types import Message
 
 if TYPE_CHECKING:
-    import gradio as gr
+    import gradio
 
 log = logging.getLogger("mmft")
 MAX_UPLOAD = "20mb"  # each picture
@@ -59,12 +60,15 @@ def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, sh
 
     Raises `MmftError` where the address cannot be used or gradio is not installed.
     """
-    gr = _gradio()
+    if find_spec("gradio") is None:
+        raise MmftError('the page needs gradio; run: pip install "mmft[web]"')
     _check_address(host, port)
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("%s: everybody who reaches this machine can use the page; there is no password", host)
     with tempfile.TemporaryDirectory(prefix="mmft-web-") as uploads:
         _prepare_process(uploads, host)
+        import gradio as gr
+
         page = build_page(assistant, Generation())
         try:
             _, local, public = page.launch(
@@ -79,19 +83,11 @@ def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, sh
 
 
 def _prepare_process(uploads: str, host: str) -> None:
-    """What gradio takes from the environment alone, and an end by SIGTERM that is as clean as one by Ctrl-C."""
-    os.environ["GRADIO_TEMP_DIR"] = uploads  # else /tmp/gradio, which all users of a machine share
+    """What gradio takes from the environment alone, when imported; and a SIGTERM that ends as cleanly as Ctrl-C."""
+    os.environ["GRADIO_TEMP_DIR"] = uploads  # else /tmp/gradio, which belongs to the first user of a machine
     local = ",".join(filter(None, (os.environ.get("no_proxy"), "localhost", "127.0.0.1", host)))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = local  # gradio calls its own server once, through a proxy if set
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _gradio() -> Any:
-    try:
-        import gradio
-    except ImportError as error:
-        raise MmftError('the page needs gradio; run: pip install "mmft[web]"') from error
-    return gradio
 
 
 def _check_address(host: str, port: int) -> None:
@@ -100,13 +96,15 @@ def _check_address(host: str, port: int) -> None:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise MmftError(f"cannot serve on {host}:{port}: {reason}; give another --port or --host") from error
 
 
-def build_page(assistant: Assistant, generation: Generation) -> "gr.Blocks":
+def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
     """The page, to be launched. Text models get a box without pictures."""
-    gr = _gradio()
+    import gradio as gr
+
     one_at_a_time = Lock()  # beside the queue: a stopped answer may still be finishing its token
 
     def accept(given: Any, turns: tuple[Turn, ...]) -> tuple[Any, ...]:

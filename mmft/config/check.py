@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.config.schema import LLM, Dataset, TrainConfig, Use, Vision
-from mmft.errors import ConfigError, MmftError, Problem
+from mmft.errors import ConfigError, MmftError, Problem, did_you_mean
 from mmft.plugins import Catalog, Plugins
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -98,7 +98,7 @@ def _describe_problems(config: TrainConfig, vision: Vision, encoder: Any, projec
     try:
         info = encoder.describe(**vision.encoder.options)
         tokens = projector.num_tokens(info.num_patches, **vision.projector.options) if projector else info.num_patches
-    except (MmftError, ValueError, TypeError) as error:
+    except (MmftError, OSError, ValueError, TypeError) as error:
         yield Problem("model.vision", str(error))
         return
     if tokens >= config.data.max_length:
@@ -128,12 +128,23 @@ def _training_problems(config: TrainConfig) -> Iterator[Problem]:
     vision_trains = vision is not None and (vision.projector_trainable or vision.trainable or bool(vision.lora))
     if not (llm.trainable or llm.lora or vision_trains):
         yield Problem("model", "nothing is trained", "set model.llm.lora, model.llm.trainable or model.vision")
+    if config.optim.optimizer != type(config.optim).model_fields["optimizer"].default:
+        yield from _optimizer_problems(config.optim.optimizer)
     if config.optim.projector_lr and not (vision and vision.projector_trainable):
         yield Problem("optim.projector_lr", "there is no projector that trains", "drop it")
     if config.optim.vision_lr and not (vision and (vision.trainable or vision.lora)):
         yield Problem("optim.vision_lr", "the vision encoder does not train", "set model.vision.lora or drop it")
     if config.data.packing and (config.data.group_by_modality or config.data.group_by_length):
         yield Problem("data.packing", "packed rows are full already", "drop group_by_modality and group_by_length")
+
+
+def _optimizer_problems(name: str) -> Iterator[Problem]:
+    from transformers.training_args import OptimizerNames
+
+    known = [member.value for member in OptimizerNames]
+    if name not in known:
+        hint = did_you_mean(name, known)
+        yield Problem("optim.optimizer", f"no optimizer named {name!r}{hint}", f"allowed: {', '.join(known)}")
 
 
 def _runtime_problems(config: TrainConfig) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import traceback
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mmft import __version__
 from mmft.config.schema import TrainConfig, Use
@@ -91,7 +92,26 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     problems = [Problem(f"--set {s}", "has no '='", "write: --set optim.lr=1e-4") for s in settings if "=" not in s]
     if problems:
         raise ConfigError(problems)
-    return {path.strip(): _value_of(text) for path, _, text in (s.partition("=") for s in settings)}
+    return {path.strip(): _Typed(text) for path, _, text in (s.partition("=") for s in settings)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """What a person typed after `=`; what it means depends on the field it lands in."""
+
+    text: str
+
+    def for_field(self, owner: type[BaseModel], name: str) -> Any:
+        """The text itself where the field takes it as it is (a string, `quantization=none`), else what it spells."""
+        spelled = _value_of(self.text)
+        kinds: TypeAdapter[Any] = TypeAdapter(owner.model_fields[name].annotation or Any)
+        for value in (spelled, self.text):
+            try:
+                kinds.validate_python(value)
+            except ValidationError:
+                continue
+            return value
+        return spelled
 
 
 def _value_of(text: str) -> Any:
@@ -114,7 +134,7 @@ def override(config: TrainConfig, values: Mapping[str, Any], *, where: str = "")
     for path, value in values.items():
         problem = _set_at(tree, config, path, value)
         if problem:
-            problems.append(Problem(f"{where}{path}={value}", problem))
+            problems.append(Problem(f"{where}{path}={getattr(value, 'text', value)}", problem))
     try:
         changed = validate(tree, where)
     except ConfigError as error:
@@ -134,25 +154,30 @@ def _set_at(tree: Any, node: Any, path: str, value: Any) -> str:
         if isinstance(node, Use):
             if not last:
                 return f"{here} takes options only; {key!r} cannot be followed by another name"
-            tree[key] = value
+            tree[key] = _value_of(value.text) if isinstance(value, _Typed) else value
             return ""
         if isinstance(node, tuple):
             if not key.isdigit() or int(key) >= len(node):
-                return f"{here} has {len(node)} entries; write an index of 0 to {len(node) - 1}, not {key!r}"
+                allowed = f"write an index of 0 to {len(node) - 1}" if node else "give the whole list as JSON"
+                return f"{here} has {len(node)} entr{'y' if len(node) == 1 else 'ies'}; {allowed}, not {key!r}"
             key, child = int(key), node[int(key)]  # type: ignore[assignment]
         elif isinstance(node, BaseModel):
             if key not in type(node).model_fields:
                 return _no_field(type(node), key)
-            child = getattr(node, key)
+            child = getattr(node, key, None)  # a part made by _empty_part lacks its required fields
         else:
             return f"{here} is {node!r} and has no field {key!r}"
         if isinstance(tree.get(key) if isinstance(tree, dict) else None, tuple):
             tree[key] = list(tree[key])
         if last:
+            if isinstance(value, _Typed):
+                value = value.for_field(type(node), key) if isinstance(node, BaseModel) else _value_of(value.text)
             tree[key] = value
             return ""
         if child is None and isinstance(node, BaseModel):
-            child, tree[key] = _empty_part(type(node), str(key)), {}
+            child = _empty_part(type(node), str(key))
+            if child is not None and not isinstance(tree.get(key), dict):  # an earlier setting may have begun it
+                tree[key] = {}
         tree, node = tree[key], child
     return ""
 
@@ -194,9 +219,10 @@ def validate(tree: Any, where: str = "") -> TrainConfig:
 
 def problems_of(error: ValidationError, where: str = "") -> list[Problem]:
     """One `Problem` for each of pydantic's errors, in our words."""
-    problems = []
+    problems: dict[str, Problem] = {}
     for item in error.errors():
-        location = [part for part in item["loc"] if not (isinstance(part, str) and part[:1].isupper())]
+        # pydantic adds the branches of a union to the path: Lora, literal['all-linear'], tuple[str, ...]
+        location = [part for part in item["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z]\w*", part)]
         path = ".".join(str(part) for part in location) or error.title
         if item["type"] == "extra_forbidden":
             owner, key = _owner_of(error.title, location), str(location[-1])
@@ -208,8 +234,10 @@ def problems_of(error: ValidationError, where: str = "") -> list[Problem]:
             what = f"{item['input']!r} is not one of {item['ctx']['expected'].replace(' or ', ', ')}"
         else:
             what = f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
-        problems.append(Problem(where + path, what))
-    return problems
+        branch = path if len(location) < len(item["loc"]) else f"{path} {len(problems)}"
+        known = problems.get(branch)  # what each branch of one union says is one problem
+        problems[branch] = Problem(where + path, f"{known.what}, or: {what}" if known else what)
+    return list(problems.values())
 
 
 def _owner_of(title: str, location: Sequence[Any]) -> type[BaseModel] | None:
@@ -265,5 +293,8 @@ def _line_in(error: BaseException, path: Path) -> int:
 
 
 def _summary(path: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    try:
+        docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    except (SyntaxError, ValueError) as error:  # one bad file must not hide the others
+        return f"cannot be read: {error}"
     return docstring.strip().partition("\n")[0]

@@ -38,7 +38,9 @@ class Use(Part):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "use" in value:
-            return {"name": value["use"], "options": {k: v for k, v in value.items() if k != "use"}}
+            value = {"name": value["use"], "options": {k: v for k, v in value.items() if k != "use"}}
+        if isinstance(value, dict) and isinstance(value.get("options"), dict):
+            return {**value, "options": {k: _plain(v) for k, v in value["options"].items()}}  # as a dumped one has them
         return value
 
     @model_serializer
@@ -51,6 +53,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
@@ -131,16 +135,16 @@ class Data(Part):
 
 
 class Optim(Part):
-    """Part 4: how it is trained. AdamW, warm-up over `warmup_ratio` of the steps, then the schedule (LLaVA-1.5)."""
+    """Part 4: how it is trained. AdamW, warm-up over `warmup_ratio` of the steps, then cosine to 0 (LLaVA-1.5)."""
 
     lr: PositiveFloat
     projector_lr: PositiveFloat | None = None
     vision_lr: PositiveFloat | None = None
     optimizer: str = "adamw_torch"  # a name of transformers' OptimizerNames, e.g. paged_adamw_8bit
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     warmup_ratio: NonNegativeFloat = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # optimizer steps; ends the run before its epochs do
     batch_size_per_device: PositiveInt = 1

@@ -10,18 +10,17 @@ import inspect
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmft import __version__
 from mmft.config import Data, Dataset
+from mmft.data.store import Drop, TokenStore, drop_summary
 from mmft.data.tokenize import Tokenizer, document_segments, tokenize_batch
 from mmft.errors import DataError
 from mmft.plugins import Plugins
@@ -39,78 +38,7 @@ from mmft.types import (
 )
 
 CHUNK = 1000  # records a call into the tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A record that is not trained as it was given."""
-
-    source: str
-    record: int  # counted from 1, as a person counts lines
-    id: str
-    reason: str
-    action: str = "dropped"
-
-    def __str__(self) -> str:
-        name = f' (id "{self.id}")' if self.id else ""
-        return f"{self.source} record {self.record:,}{name}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class TokenStore:
-    """All samples of a run: flat arrays and where each sample starts. `index` repeats samples of repeated datasets."""
-
-    ids: NDArray[np.int32]
-    loss: NDArray[np.bool_]
-    offsets: NDArray[np.int64]  # [S + 1]
-    images: list[list[str]]
-    index: NDArray[np.int64]  # [N] sample numbers
-    drops: tuple[Drop, ...]
-    num_records: int
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, item: int) -> TokenizedSample:
-        sample = int(self.index[item])
-        start, stop = self.offsets[sample], self.offsets[sample + 1]
-        images = tuple(Image(source) for source in self.images[sample])
-        return TokenizedSample(self.ids[start:stop], self.loss[start:stop], images)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """int64[N]: the tokens of each item."""
-        lengths: NDArray[np.int64] = np.diff(self.offsets)[self.index]
-        return lengths
-
-    @property
-    def has_image(self) -> NDArray[np.bool_]:
-        """bool[N]: whether an item holds a picture."""
-        return np.array([bool(images) for images in self.images], dtype=np.bool_)[self.index]
-
-    def summary(self) -> str:
-        """One paragraph a person reads before the run starts."""
-        used = self.lengths
-        text = (
-            f"{len(self):,} samples, {int(used.sum()):,} tokens ({int(self.loss.sum()):,} of the store's trained), "
-            f"{sum(map(len, self.images)):,} images; longest {int(used.max(initial=0)):,} tokens"
-        )
-        return text + ("\n" + drop_summary(self.drops, self.num_records) if self.drops else "")
-
-
-def drop_summary(drops: Sequence[Drop], num_records: int) -> str:
-    """`dropped 12 of 665,298 records: 9 no assistant turn, 3 longer than 2048 tokens`."""
-    lines = []
-    for action in sorted({drop.action for drop in drops}):
-        reasons = Counter(_reason_kind(drop.reason) for drop in drops if drop.action == action)
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        lines.append(f"{action} {reasons.total():,} of {num_records:,} records: {listed}")
-    return "\n".join(lines)
-
-
-def _reason_kind(reason: str) -> str:
-    """Reasons carry details after a colon; the kind is what stands before."""
-    return reason.partition(": ")[0]
+NOT_FOUND = "image not found: "
 
 
 def prepare(
@@ -123,14 +51,26 @@ def prepare(
     template = plugins.chat_templates.get(data.chat_template).for_tokenizer(tokenizer.hf)
     digest = _digest(data, plugins, tokenizer, template)
     folder = cache_dir / f"tokens-{digest}"
-    if not (folder / "meta.json").is_file():
+    if not (folder / "meta.json").is_file() or _images_appeared(folder):
         report(f"tokenising {len(data.datasets)} dataset(s) into {folder}")
-        _build(folder, data, plugins, tokenizer, template)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        try:
+            _build(temporary, data, plugins, tokenizer, template)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     else:
         report(f"token store: {folder} (unchanged)")
     store = _open(folder, data)
     _refuse_too_many_drops(store, data)
     return store
+
+
+def _images_appeared(folder: Path) -> bool:
+    """Whether an image that was missing when the store was built is there now: its record must not stay dropped."""
+    reasons = [drop[3] for drop in json.loads((folder / "meta.json").read_text("utf-8"))["drops"]]
+    return any(Path(r.removeprefix(NOT_FOUND)).is_file() for r in reasons if r.startswith(NOT_FOUND))
 
 
 def _refuse_too_many_drops(store: TokenStore, data: Data) -> None:
@@ -152,9 +92,8 @@ def iterate_samples(dataset: Dataset, plugins: Plugins) -> Iterator[tuple[int, R
             yield number, record, _sample_of(record, dataset, data_map)
         except DataError as error:
             yield number, record, str(error)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"data map {data_map.name!r} failed: {type(error).__name__}: {error}"
-            yield number, record, reason
+        except Exception as error:  # a map is somebody's code: whatever it raises belongs to the record and the map
+            yield number, record, f"data map {data_map.name!r} failed: {type(error).__name__}: {error}"
 
 
 def _sample_of(record: RawRecord, dataset: Dataset, data_map: DataMap) -> Sample | str:
@@ -181,10 +120,10 @@ def _resolved(image: Image, folder: Path | None) -> Image:
     if "://" in source:
         raise DataError(f"image is a remote address: {source}; only local files are read")
     path = source if folder is None else os.path.normpath(folder / source)
-    if folder is not None and not Path(path).is_relative_to(os.path.normpath(folder)):
+    if folder is not None and Path(os.path.relpath(path, folder)).parts[:1] == ("..",):  # is_relative_to(".") is not it
         raise DataError(f"image path leaves the image folder: {source}")
     if not os.path.isfile(path):  # noqa: PTH113 - a stat each for millions of records, and Path costs twice that
-        raise DataError(f"image not found: {path}")
+        raise DataError(f"{NOT_FOUND}{path}")
     return Image(path)
 
 
@@ -195,9 +134,8 @@ def render_sample(sample: Sample, template: ChatTemplate, tokenizer: Tokenizer) 
     return template.render(sample)
 
 
-def _build(folder: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    """Write the store to a temporary folder and rename it when it is complete."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+def _build(temporary: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Write the store to a temporary folder, which is renamed when it is complete."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     lengths: list[int] = []
@@ -224,8 +162,6 @@ def _build(folder: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, tem
         "drops": [[d.source, d.record, d.id, d.reason, d.action] for d in drops],
     }
     (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -264,10 +200,12 @@ def _tokenize_chunk(
             reason = f"longer than {data.max_length} tokens: {len(tokenized)}"
             if data.too_long == "error":
                 raise DataError(f"{_source_name(dataset)} record {number:,}: {reason} (data.too_long is 'error')")
-            drop(number, record, reason, "dropped" if data.too_long == "drop" else "truncated")
             if data.too_long == "drop":
+                drop(number, record, reason)
                 continue
             tokenized = truncate(tokenized, data.max_length, tokenizer)
+            if tokenized.loss_mask[1:].any():
+                drop(number, record, reason, "truncated")
         if not tokenized.loss_mask[1:].any():
             drop(number, record, "nothing to train")
             continue
@@ -316,7 +254,8 @@ def _digest(data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTe
         digest.update(json.dumps([str(value) for value in values]).encode())
 
     add(__version__, data.max_length, data.too_long, tokenizer.tokens_per_image, tokenizer.image_id)
-    add(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.hf.chat_template, tokenizer.hf.bos_token)
+    add(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.hf.chat_template)
+    add(tokenizer.hf.bos_token, tokenizer.hf.eos_token)
     add(template.name, plugins.chat_templates.owner(data.chat_template).distribution, _code_of(template.render))
     for dataset in data.datasets:
         source, data_map = plugins.datasets.get(dataset.source.name), plugins.data_maps.get(dataset.data_map)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmft.data.dataset import TokenStore
+from mmft.data.store import TokenStore
 from mmft.errors import DataError
 from mmft.types import PackedSample
 

@@ -56,6 +56,10 @@ class StepSampler(torch.utils.data.Sampler[int]):
             whole = len(ordered) // self.step_size * self.step_size
             steps += list(ordered[:whole].reshape(-1, self.step_size))
             rest.append(ordered[whole:])
+        left = np.concatenate(rest)  # what fills no step of its own modality shares one, and may be the longest
+        whole = len(left) // self.step_size * self.step_size
+        steps += list(left[:whole].reshape(-1, self.step_size))
+        rest = [left[whole:]]
         order = random.permutation(len(steps)).tolist()
         if order:
             longest = max(order, key=lambda i: int(self.lengths[steps[i]].sum()))

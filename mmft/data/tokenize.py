@@ -32,19 +32,21 @@ class Tokenizer:
     tokens_per_image: int = 0
     image_id: int | None = None
     _special: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _longest: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         added = self.hf.added_tokens_decoder.values()
         spellings = sorted({str(token) for token in added if token.special}, key=len, reverse=True)
         pattern = "|".join(map(re.escape, spellings)) or r"(?!)"
         object.__setattr__(self, "_special", re.compile(pattern))
+        object.__setattr__(self, "_longest", max(map(len, spellings), default=1))
 
     @classmethod
     def for_model(cls, hf: Any, tokens_per_image: int = 0) -> "Tokenizer":
         """Add the image token where the model has images; its id may lie beyond the embedding matrix."""
         if tokens_per_image == 0:
             return cls(hf)
-        if IMAGE_TOKEN not in hf.get_vocab():
+        if not any(str(token) == IMAGE_TOKEN and token.special for token in hf.added_tokens_decoder.values()):
             hf.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
         return cls(hf, tokens_per_image, hf.convert_tokens_to_ids(IMAGE_TOKEN))
 
@@ -57,6 +59,12 @@ class Tokenizer:
     def has_control_token(self, text: str) -> bool:
         """Whether text spells a control token of this tokenizer."""
         return self._special.search(text) is not None
+
+    def spells_across(self, left: str, right: str) -> bool:
+        """Whether a control token begins in one text and ends in the other: joined, data would forge it."""
+        edge = self._longest - 1
+        joined, at = left[-edge:] + right[:edge], len(left[-edge:])
+        return any(found.start() < at < found.end() for found in self._special.finditer(joined))
 
     def encode(self, texts: Sequence[str], *, as_data: bool = False) -> list[Ids]:
         """Ids of each text, without BOS or EOS; `as_data` keeps the spelling of control tokens as plain text."""
@@ -133,8 +141,9 @@ def _pieces(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[_Piece]:
             continue
         as_data = not segment.markup and tokenizer.has_control_token(content)
         last = pieces[-1] if pieces else None
-        if last and isinstance(last.content, str) and not as_data and not last.as_data and last.loss == segment.loss:
-            pieces[-1] = _Piece(last.content + content, segment.loss)
+        before = last.content if last and not last.as_data and last.loss == segment.loss else None
+        if isinstance(before, str) and not as_data and not tokenizer.spells_across(before, content):
+            pieces[-1] = _Piece(before + content, segment.loss)
         else:
             pieces.append(_Piece(content, segment.loss, as_data))
     return pieces

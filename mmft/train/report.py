@@ -13,7 +13,7 @@ from typing import Any
 
 from mmft.config import TrainConfig
 from mmft.config.load import dump_config
-from mmft.data.dataset import Drop
+from mmft.data.store import Drop
 from mmft.modeling.build import TABLE_COLUMNS
 from mmft.train.callbacks import duration
 

@@ -15,7 +15,8 @@ from mmft.config import TrainConfig
 from mmft.config.check import check_config
 from mmft.config.load import dump_config
 from mmft.data.collate import Collator
-from mmft.data.dataset import TokenStore, prepare
+from mmft.data.dataset import prepare
+from mmft.data.store import TokenStore
 from mmft.data.pack import PackedStore
 from mmft.data.sampler import StepSampler
 from mmft.data.shape import Shape, describe_model

@@ -126,7 +126,9 @@ def training_arguments(config: TrainConfig, *, dtype: torch.dtype, device: torch
         learning_rate=optim.lr,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
-        lr_scheduler_type=optim.schedule if optim.schedule != "constant" else "constant_with_warmup",
+        lr_scheduler_type="cosine",
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
         warmup_steps=optim.warmup_ratio,  # below 1 it is a share of the steps (transformers >= 5)
         optim=optim.optimizer,
         bf16=dtype is torch.bfloat16,

@@ -71,7 +71,7 @@ def problems(act: Callable[[], object]) -> list[str]:
         ("optim.accumulate=8", lambda c: c.optim.accumulate == 8),
         ("data.packing=true", lambda c: c.data.packing is True),
         ("data.packing=True", lambda c: c.data.packing is True),
-        ("optim.schedule=linear", lambda c: c.optim.schedule == "linear"),
+        ("data.too_long=truncate", lambda c: c.data.too_long == "truncate"),
         ("runtime.output_dir=some/where", lambda c: c.runtime.output_dir == Path("some/where")),
         ("model.llm.path=a=b", lambda c: c.model.llm.path == "a=b"),
         ("data.datasets.0.limit=7", lambda c: c.data.datasets[0].limit == 7),

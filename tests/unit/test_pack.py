@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmft.data.dataset import TokenStore
 from mmft.data.pack import PackedStore, best_fit
+from mmft.data.store import TokenStore
 from mmft.errors import DataError
 from mmft.types import Image, PackedSample
 

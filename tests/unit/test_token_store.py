@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from mmft.config import Data, Dataset, use
-from mmft.data.dataset import TokenStore, prepare
+from mmft.data.dataset import prepare
+from mmft.data.store import TokenStore
 from mmft.data.tokenize import Tokenizer
 from mmft.errors import DataError
 from mmft.plugins import Plugins, load_plugins
