@@ -276,6 +276,7 @@ def web(
 @click.option("--training-image-folder", type=click.Path(path_type=Path))
 @click.option("--limit", type=int, help="A fixed random choice of so many questions.")
 @click.option("--batch-size", default=32, show_default=True)
+@click.option("--ask-first", help="Open each conversation with this, answered by the model itself.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write eval.json and answers.jsonl into this folder.")
 @BITS
 @DEVICE

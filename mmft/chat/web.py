@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -43,6 +43,8 @@ CSS = """
 #chat .image-frame img { max-height: 320px; width: auto; }
 #chat button[aria-label="Clear"], #chat button[aria-label="Share"] { display: none; }
 """
+# The box is closed while an answer is written; then the cursor goes back, except where that opens a phone's keyboard.
+FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#entry textarea').focus()"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, sh
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise MmftError(f"cannot serve on {host}:{port}: {error}") from error
+        if share and not public:
+            log.warning("no public address: gradio could not reach its relay; the page is open on this machine only")
         print(f"open {public or local} (Ctrl-C ends)", flush=True)  # noqa: T201
         page.block_thread()
 
@@ -105,27 +109,31 @@ def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
     """The page, to be launched. Text models get a box without pictures."""
     import gradio as gr
 
+    box: Any = gr.MultimodalTextbox if assistant.sees else gr.Textbox
+    pictures = {"sources": ["upload"], "file_types": ["image"], "file_count": "multiple"} if assistant.sees else {}
+    hint = "Ask something, with pictures if you like" if assistant.sees else "Ask something"
     one_at_a_time = Lock()  # beside the queue: a stopped answer may still be finishing its token
 
     def accept(given: Any, turns: tuple[Turn, ...]) -> tuple[Any, ...]:
-        """Show the question at once, before it waits its turn."""
+        """Show the question at once, before it waits its turn, and close the box."""
         asked = _asked(given)
         if asked is None:
             return None, gr.skip(), gr.skip(), gr.skip()
-        return asked, shown((*turns, asked)), box(value=None, interactive=False, submit_btn=False, stop_btn=True), off
+        closed = box(value=None, interactive=False, submit_btn=False, stop_btn=True)
+        return asked, shown((*turns, asked)), closed, gr.Button(interactive=False)
 
     def reply(asked: Turn | None, turns: tuple[Turn, ...]) -> Iterator[tuple[Any, ...]]:
         """Every state of the answer while it grows, each a whole conversation, so that stopping keeps the last."""
         if asked is None:
             yield gr.skip(), gr.skip()
             return
-        with one_at_a_time, closing(answered(assistant, generation, asked, turns)) as states:  # type: ignore[type-var]
+        with one_at_a_time, closing(answered(assistant, generation, asked, turns)) as states:
             for turn in states:
                 yield (*turns, turn), shown((*turns, turn))
 
-    box: Any = gr.MultimodalTextbox if assistant.sees else gr.Textbox
-    options = {"sources": ["upload"], "file_types": ["image"], "file_count": "multiple"} if assistant.sees else {}
-    on, off = gr.Button(interactive=True), gr.Button(interactive=False)
+    def reopen() -> tuple[Any, ...]:
+        return box(interactive=True, submit_btn=True, stop_btn=False), gr.Button(interactive=True)
+
     with gr.Blocks(
         analytics_enabled=False, title="mmft chat", fill_height=True, fill_width=True, delete_cache=(3600, DAY)
     ) as page:
@@ -133,28 +141,24 @@ def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
             gr.HTML(value=_title(assistant), elem_id="title")
             fresh = gr.Button("New chat", size="sm", scale=0, min_width=100)
         chat = gr.Chatbot(
-            show_label=False, elem_id="chat", scale=1, buttons=[], render_markdown=False, sanitize_html=True,
+            elem_id="chat", show_label=False, scale=1, buttons=[], render_markdown=False, sanitize_html=True,
             allow_tags=False, latex_delimiters=[], feedback_options=None,
         )  # fmt: skip
-        entry = box(show_label=False, container=False, placeholder=_hint(assistant), autofocus=True, **options)
+        entry = box(elem_id="entry", show_label=False, container=False, placeholder=hint, autofocus=True, **pictures)
         turns, asked = gr.State(()), gr.State(None)
-        hidden = {"show_progress": "hidden", "api_visibility": "private"}
-        accepted = entry.submit(accept, [entry, turns], [asked, chat, entry, fresh], queue=False, **hidden)
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        accepted = entry.submit(accept, [entry, turns], [asked, chat, entry, fresh], **quick)
         replied = accepted.then(reply, [asked, turns], [turns, chat], concurrency_limit=1, api_visibility="private")
-        replied.then(
-            lambda: (box(interactive=True, submit_btn=True, stop_btn=False), on),
-            None,
-            [entry, fresh],
-            queue=False,
-            **hidden,
-        )
+        replied.then(reopen, None, [entry, fresh], **quick).then(None, None, None, js=FOCUS)
         entry.stop(None, None, None, cancels=[replied], queue=False)
-        fresh.click(lambda: ((), []), None, [turns, chat], queue=False, **hidden)
+        fresh.click(lambda: ((), []), None, [turns, chat], **quick)
     page.queue(max_size=MAX_WAITING, api_open=False)
     return page
 
 
-def answered(assistant: Assistant, generation: Generation, asked: Turn, turns: Sequence[Turn]) -> Iterator[Turn]:
+def answered(
+    assistant: Assistant, generation: Generation, asked: Turn, turns: Sequence[Turn]
+) -> Generator[Turn, None, None]:
     """The turn while its answer grows; one that ends in an error says it and leaves nothing to the turns after it."""
     session = ChatSession(assistant, generation, history=history(turns))
     text = ""
@@ -175,7 +179,7 @@ def answered(assistant: Assistant, generation: Generation, asked: Turn, turns: S
 
 def history(turns: Sequence[Turn]) -> tuple[Message, ...]:
     """What the model is told of earlier turns: those that were answered."""
-    done = [(turn, turn.answer) for turn in turns if turn.answer is not None and turn.error is None]
+    done = [(turn, turn.answer) for turn in turns if turn.answer is not None]
     return tuple(message for turn, text in done for message in (question(turn.text, turn.images), answer(text)))
 
 
@@ -211,7 +215,3 @@ def _title(assistant: Assistant) -> str:
     name = Path(name).name if Path(name).is_absolute() else name
     kind = "sees pictures" if assistant.sees else "text only"
     return f"<h1>mmft chat</h1><p>{escape(name)} · {kind} · on {assistant.model.device}</p>"
-
-
-def _hint(assistant: Assistant) -> str:
-    return "Ask something, with pictures if you like" if assistant.sees else "Ask something"

@@ -1,7 +1,8 @@
 """Exact-match accuracy on held-out questions, beside the answer that needs no model.
 
 Each question is asked on its own, with its pictures, in a fresh conversation: nothing of the reference answers is in
-the prompt. An answer counts when it equals the reference after case and outer whitespace are taken away.
+the prompt. With `ask_first` the conversation opens with that request and the model's own answer to it ("Describe the
+picture."), then comes the question. An answer counts when it equals the reference, case and outer whitespace aside.
 """
 
 import json
@@ -112,6 +113,7 @@ def evaluate_files(
     training_image_folder: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
+    ask_first: str | None = None,
 ) -> Result:
     """`evaluate` over a json or jsonl file; `training` is the file the baseline learns its answers from."""
 
@@ -120,7 +122,14 @@ def evaluate_files(
         return read_questions(Dataset(source=source, data_map=data_map, image_folder=folder), plugins)
 
     known = read(training, training_image_folder or image_folder) if training else []
-    return evaluate(assistant, read(questions, image_folder), training=known, limit=limit, batch_size=batch_size)
+    return evaluate(
+        assistant,
+        read(questions, image_folder),
+        training=known,
+        limit=limit,
+        batch_size=batch_size,
+        ask_first=ask_first,
+    )
 
 
 def evaluate(
@@ -132,7 +141,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     max_new_tokens: int = 16,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    ask_first: str | None = None,
 ) -> Result:
     """Ask the questions (a fixed random `limit` of them), greedily, in batches of like length."""
     asked = list(questions)
@@ -140,16 +149,40 @@ def evaluate(
         asked = random.Random(seed).sample(asked, limit)
     asked.sort(key=lambda question: len(question.text))
     began = time.monotonic()
-    answers: list[Answered] = []
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        given = assistant.answer_batch([q.conversation for q in batch], Generation(max_new_tokens=max_new_tokens))
-        for question, answer in zip(batch, given, strict=True):
-            correct = _normal(answer) == _normal(question.reference)
-            images = tuple(str(image.source) for image in question.conversation.images)
-            answers.append(Answered(question.text, images, question.kind, question.reference, answer, correct))
-        progress(len(answers), len(asked))
+    generation = Generation(max_new_tokens=max_new_tokens)
+
+    def reply_to(conversations: Sequence[Conversation]) -> list[str]:
+        parts = [conversations[start : start + batch_size] for start in range(0, len(conversations), batch_size)]
+        return [answer for part in parts for answer in assistant.answer_batch(part, generation)]
+
+    conversations = [question.conversation for question in asked]
+    if ask_first is not None:
+        conversations = _after_own_answer(conversations, ask_first, reply_to)
+    answers = []
+    for question, answer in zip(asked, reply_to(conversations), strict=True):
+        correct = _normal(answer) == _normal(question.reference)
+        images = tuple(str(image.source) for image in question.conversation.images)
+        answers.append(Answered(question.text, images, question.kind, question.reference, answer, correct))
     return Result(tuple(answers), baseline(asked, training), time.monotonic() - began)
+
+
+def _after_own_answer(
+    conversations: Sequence[Conversation], ask_first: str, reply_to: Callable[[Sequence[Conversation]], list[str]]
+) -> list[Conversation]:
+    """Each conversation with a first turn before it, answered by the model itself, once for the same pictures."""
+    openings = {c.images: Conversation((Message("user", (*c.images, *_line(ask_first, c))),)) for c in conversations}
+    replies = dict(zip(openings, reply_to(list(openings.values())), strict=True))
+    longer = []
+    for conversation in conversations:
+        opening = openings[conversation.images].messages
+        own = Message("assistant", (Text(replies[conversation.images]),))
+        question = Message("user", (Text(conversation.messages[-1].text.strip()),))
+        longer.append(Conversation((*conversation.messages[:-1], *opening, own, question)))
+    return longer
+
+
+def _line(text: str, conversation: Conversation) -> tuple[Text]:
+    return (Text(f"\n{text}" if conversation.images else text),)
 
 
 def baseline(asked: Sequence[Question], training: Iterable[Question]) -> dict[str, float]:

@@ -16,10 +16,10 @@ from mmft.config.check import check_config
 from mmft.config.load import dump_config
 from mmft.data.collate import Collator
 from mmft.data.dataset import prepare
-from mmft.data.store import TokenStore
 from mmft.data.pack import PackedStore
 from mmft.data.sampler import StepSampler
 from mmft.data.shape import Shape, describe_model
+from mmft.data.store import TokenStore
 from mmft.errors import CheckpointError, DataError, ModelError
 from mmft.inference import Assistant
 from mmft.modeling.build import TABLE_COLUMNS, build_model, module_table

@@ -109,6 +109,7 @@ def test_a_picture_is_answered_and_no_request_leaves_the_machine(visitor: Visito
     visitor.ask("What is it?")
     visitor.expect_answers("A picture.")
     expect(visitor.page.locator("[data-testid=user] img")).to_have_count(1)
+    expect(visitor.page.locator("textarea")).to_be_focused()  # to type on
     outside = [r.url for r in visitor.requests if not r.url.startswith((visitor.page.url, "data:", "blob:"))]
     assert (outside, len(visitor.requests) > 10) == ([], True)
 
@@ -183,12 +184,18 @@ def test_an_upload_of_more_than_20_mb_is_refused(address: str) -> None:
         assert refused.value.code == 413
 
 
-def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, reading: Assistant) -> None:
-    endless = Generation(max_new_tokens=1500, repetition_penalty=0.01)  # so low that it repeats one token for ever
-    page = build_page(reading, endless)
-    _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)
-    with closing(browser.new_context()) as context, closing(page):
-        visitor = Visitor(context.new_page(), address)
+@pytest.fixture
+def endless(reading: Assistant) -> Iterator[str]:
+    """The page of a model that repeats itself and never ends, so that it answers again only once it was stopped."""
+    generation = Generation(max_new_tokens=100_000, repetition_penalty=0.01)
+    with closing(build_page(reading, generation)) as page:
+        yield page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)[1]
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, endless: str) -> None:
+    with closing(browser.new_context()) as context:
+        visitor = Visitor(context.new_page(), endless)
         assert visitor.page.locator("input[type=file]").count() == 0  # a text model has no control for pictures
         for turn in range(2):
             visitor.ask("Say hello.")
@@ -199,6 +206,15 @@ def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, readi
             kept = answer.inner_text()
             visitor.page.wait_for_timeout(500)
             assert answer.inner_text() == kept != ""
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_a_closed_page_frees_the_model(browser: Browser, endless: str) -> None:
+    for _ in range(2):
+        with closing(browser.new_context()) as context:
+            visitor = Visitor(context.new_page(), endless)
+            visitor.ask("Say hello.")
+            expect(visitor.page.locator("[data-testid=bot]")).not_to_be_empty(timeout=10_000)
 
 
 def test_a_port_in_use_is_one_clear_error(reading: Assistant) -> None:

@@ -8,6 +8,7 @@ comes out of the wheel.
 import configparser
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -217,14 +218,19 @@ def test_a_run_trains_with_the_third_partys_template_and_map(clean: Environment)
     record = {"question": "What is it?", "answer": "A cat."}
     (clean.work / "qa.jsonl").write_text(f"{json.dumps(record)}\n" * 4, "utf-8")
     (clean.work / "tiny.py").write_text(CONFIG, "utf-8")
-    shown = clean.mmft("data", "show", "tiny.py", "-n", "1")
-    assert "⟦A cat.</s>⟧" in shown.stdout, shown.stdout + shown.stderr
     result = clean.mmft("train", "tiny.py")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "step 2/2" in result.stdout
     manifest = json.loads((clean.work / "run" / "final" / "mmft.json").read_text("utf-8"))
     assert manifest["plugins"] == {"chat template hello/zephyr": "mmft-plugin-hello 0.1.0"}
     assert (clean.work / "run" / "report.html").is_file()  # its template is package data
+
+
+def test_the_plugins_own_tests_pass_against_the_wheels(clean: Environment) -> None:
+    tests = shutil.copytree(HELLO / "tests", clean.work / "hello_tests", ignore=shutil.ignore_patterns("__pycache__"))
+    result = clean.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tests, tests)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 passed" in result.stdout
 
 
 @pytest.fixture
