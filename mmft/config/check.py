@@ -144,7 +144,8 @@ def _optimizer_problems(name: str) -> Iterator[Problem]:
     known = [member.value for member in OptimizerNames]
     if name not in known:
         hint = did_you_mean(name, known)
-        yield Problem("optim.optimizer", f"no optimizer named {name!r}{hint}", f"allowed: {', '.join(known)}")
+        usual = "adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, lion_8bit, adafactor"
+        yield Problem("optim.optimizer", f"no optimizer named {name!r}{hint}", f"usual ones: {usual}")
 
 
 def _runtime_problems(config: TrainConfig) -> Iterator[Problem]:

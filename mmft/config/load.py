@@ -158,7 +158,8 @@ def _set_at(tree: Any, node: Any, path: str, value: Any) -> str:
             return ""
         if isinstance(node, tuple):
             if not key.isdigit() or int(key) >= len(node):
-                allowed = f"write an index of 0 to {len(node) - 1}" if node else "give the whole list as JSON"
+                indices = "0" if len(node) == 1 else f"an index of 0 to {len(node) - 1}"
+                allowed = f"write {indices}" if node else "give the whole list as JSON"
                 return f"{here} has {len(node)} entr{'y' if len(node) == 1 else 'ies'}; {allowed}, not {key!r}"
             key, child = int(key), node[int(key)]  # type: ignore[assignment]
         elif isinstance(node, BaseModel):

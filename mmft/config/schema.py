@@ -5,7 +5,7 @@ overridden. Defaults are those of the papers or the reference code named beside 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(BaseModel):
@@ -72,7 +74,7 @@ class Lora(Part):
 
     r: PositiveInt = 64
     alpha: PositiveFloat = 16.0
-    dropout: NonNegativeFloat = 0.05
+    dropout: Share = 0.05
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
@@ -129,7 +131,7 @@ class Data(Part):
     packing: bool = False  # whole samples share a row of max_length; they do not see each other
     group_by_modality: bool = False  # batches of images or of text, as LLaVA's group_by_modality_length
     group_by_length: bool = False
-    max_bad_fraction: NonNegativeFloat = 0.01  # more dropped records than this stop the run
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # more dropped records than this stop the run
     num_workers: NonNegativeInt = 0  # DataLoader processes that open images
     cache_dir: Path | None = None  # token stores; default: output_dir/../.cache
 
@@ -141,10 +143,10 @@ class Optim(Part):
     projector_lr: PositiveFloat | None = None
     vision_lr: PositiveFloat | None = None
     optimizer: str = "adamw_torch"  # a name of transformers' OptimizerNames, e.g. paged_adamw_8bit
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
-    warmup_ratio: NonNegativeFloat = 0.03
+    warmup_ratio: Share = 0.03
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # optimizer steps; ends the run before its epochs do
     batch_size_per_device: PositiveInt = 1

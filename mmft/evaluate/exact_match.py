@@ -170,19 +170,26 @@ def _after_own_answer(
     conversations: Sequence[Conversation], ask_first: str, reply_to: Callable[[Sequence[Conversation]], list[str]]
 ) -> list[Conversation]:
     """Each conversation with a first turn before it, answered by the model itself, once for the same pictures."""
-    openings = {c.images: Conversation((Message("user", (*c.images, *_line(ask_first, c))),)) for c in conversations}
+    openings = {_before(c): _opening(c, ask_first) for c in conversations}
     replies = dict(zip(openings, reply_to(list(openings.values())), strict=True))
     longer = []
     for conversation in conversations:
-        opening = openings[conversation.images].messages
-        own = Message("assistant", (Text(replies[conversation.images]),))
+        key = _before(conversation)
+        own = Message("assistant", (Text(replies[key]),))
         question = Message("user", (Text(conversation.messages[-1].text.strip()),))
-        longer.append(Conversation((*conversation.messages[:-1], *opening, own, question)))
+        longer.append(Conversation((*openings[key].messages, own, question)))
     return longer
 
 
-def _line(text: str, conversation: Conversation) -> tuple[Text]:
-    return (Text(f"\n{text}" if conversation.images else text),)
+def _before(conversation: Conversation) -> tuple[object, ...]:
+    """What the opening depends on: the system messages and the pictures."""
+    return (*conversation.messages[:-1], *conversation.images)
+
+
+def _opening(conversation: Conversation, text: str) -> Conversation:
+    """The request in the question's place, with its pictures."""
+    line = Text(f"\n{text}" if conversation.images else text)
+    return Conversation((*conversation.messages[:-1], Message("user", (*conversation.images, line))))
 
 
 def baseline(asked: Sequence[Question], training: Iterable[Question]) -> dict[str, float]:

@@ -16,7 +16,7 @@ DOC = Path(__file__).parents[2] / "docs" / "configs.md"
 PARTS: tuple[type[BaseModel], ...] = (
     TrainConfig, Model, LLM, Lora, Vision, Data, Dataset, Optim, Runtime, Prompt,
 )  # fmt: skip
-SYMBOLS = {"gt": ">", "ge": ">=", "min_length": "at least"}
+SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "at least"}
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> str:
@@ -39,7 +39,8 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] | list[Any] = ()) -> st
 
 def _limits(metadata: Any) -> str:
     found = [(symbol, getattr(m, key, None)) for m in metadata for key, symbol in SYMBOLS.items()]
-    return "".join(f" {symbol} {value}" for symbol, value in found if value is not None)
+    bounds = [f"{symbol} {value}" for symbol, value in found if value is not None]
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def default_text(info: FieldInfo) -> str:
