@@ -177,13 +177,14 @@ def kind_of(question: str, answer: str) -> str:
 def conversations(questions: Iterable[Question], captions: dict[int, str]) -> Iterable[dict[str, Any]]:
     """The questions about a picture in one conversation that opens with its description, in random order.
 
-    Of the yes/no questions that a blind guess gets right (83 % of them), two a picture are kept: with all of them, the
+    Every fourth opens with a question instead, so that one asked directly is no surprise. Of the yes/no questions that a blind guess gets right (83 % of them), two a picture are kept: with all of them, the
     guess is learnt long before the comparison is.
     """
     shuffle: Callable[[list[Any]], None] = random.Random(0).shuffle
     by_image: dict[int, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[question[2]].append(question)
+    number = 0
     for image, asked in by_image.items():
         if image not in captions:
             continue
@@ -191,7 +192,9 @@ def conversations(questions: Iterable[Question], captions: dict[int, str]) -> It
         guessable = [q for q in asked if q[1] in ("yes", "no") and not confirms(q[0], q[1])]
         kept = [q for q in asked if q not in guessable] + guessable[:GUESSABLE]
         shuffle(kept)
-        yield one_talk(image, [(DESCRIBE, captions[image]), *((q, a) for q, a, _ in kept)])
+        number += 1
+        opening = [] if number % 4 == 0 else [(DESCRIBE, captions[image])]
+        yield one_talk(image, [*opening, *((q, a) for q, a, _ in kept)])
 
 
 def one_talk(image: int, turns: list[tuple[str, str]]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def main() -> None:
     say("3/5  stage 2: LoRA on the 4-bit language model, and the projector, on questions about pictures")
     train("llava_demo_finetune", STAGE2)
     say("4/5  held-out questions: pictures that no training step has seen")
-    before = evaluate(STAGE1, "eval", limit=200)
-    direct = evaluate(STAGE2, "eval_direct", limit=400)
-    after = evaluate(STAGE2, "eval", "--ask-first", DESCRIBE, limit=1000)
+    before = evaluate(STAGE1, "eval", limit=100)
+    direct = evaluate(STAGE2, "eval_direct", limit=300)
+    after = evaluate(STAGE2, "eval", "--ask-first", DESCRIBE, limit=600)
     say("5/5  three held-out pictures, before and after stage 2")
     show_answers()
     summary(before, direct, after)
@@ -65,7 +65,20 @@ def evaluate(model: Path, name: str, *options: str, limit: int) -> dict[str, dic
         data = ROOT / "data"
         files = [str(data / "test_questions.json"), "--image-folder", str(data / "test")]
         training = ["--training", str(data / "train_questions.json"), "--training-image-folder", str(data / "train")]
-        run(MMFT, "eval", str(model), *files, *training, "--limit", str(limit), "--out", str(out), *options)
+        run(
+            MMFT,
+            "eval",
+            str(model),
+            *files,
+            *training,
+            "--limit",
+            str(limit),
+            "--batch-size",
+            "64",
+            "--out",
+            str(out),
+            *options,
+        )
     result: dict[str, dict[str, float]] = json.loads((out / "eval.json").read_text())
     return result
 

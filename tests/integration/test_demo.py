@@ -1,4 +1,4 @@
-"""The demo's path, shortened: the real SmolLM2 and DINOv2 out of their wheels, both stages, held-out questions, chat."""
+"""The demo's path, shortened: real SmolLM2 and DINOv2 from their wheels, both stages, held-out questions, chat."""
 
 import json
 import os
