@@ -18,7 +18,7 @@ demo: .venv/.installed .venv/.demo
 	$(BIN)/python examples/demo/run.py
 
 test: .venv/.installed .venv/.demo lint browser
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

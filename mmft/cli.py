@@ -1,7 +1,9 @@
 """The command line. Each command parses and calls one function; heavy imports happen inside, so help is quick."""
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +45,7 @@ def main() -> None:
     from mmft.errors import MmftError
 
     debug = "--debug" in sys.argv
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # plain lines in a log file
+    _quiet()
     try:
         code = cli(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
     except click.ClickException as error:
@@ -58,6 +59,15 @@ def main() -> None:
         click.echo(f"mmft: error: {error}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _quiet() -> None:
+    """Keep off the screen what libraries say to each other and no user can act on."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # plain lines in a log file
+    # bitsandbytes misses an optional inference kernel of the hub; peft uses a name that transformers renames
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def _plugins() -> "Plugins":

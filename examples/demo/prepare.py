@@ -177,8 +177,9 @@ def kind_of(question: str, answer: str) -> str:
 def conversations(questions: Iterable[Question], captions: dict[int, str]) -> Iterable[dict[str, Any]]:
     """The questions about a picture in one conversation that opens with its description, in random order.
 
-    Every fourth opens with a question instead, so that one asked directly is no surprise. Of the yes/no questions that a blind guess gets right (83 % of them), two a picture are kept: with all of them, the
-    guess is learnt long before the comparison is.
+    Every fourth opens with a question instead, so that one asked directly is no surprise. Of the yes/no questions that
+    a blind guess gets right (83 % of them), two a picture are kept: with all of them, the guess is learnt long before
+    the comparison is.
     """
     shuffle: Callable[[list[Any]], None] = random.Random(0).shuffle
     by_image: dict[int, list[Question]] = defaultdict(list)

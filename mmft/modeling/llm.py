@@ -1,6 +1,5 @@
 """The language model: loaded alone, so that quantisation touches nothing else."""
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,6 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     """bitsandbytes settings of QLoRA (https://arxiv.org/abs/2305.14314): nf4 with double quantisation, or int8."""
     from transformers import BitsAndBytesConfig
 
-    # its notice about an optional inference kernel of the hub says nothing of use to somebody who trains
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

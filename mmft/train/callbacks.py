@@ -29,6 +29,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._last = (self._began, start_step, (0, 0, 0))
         keep_until(path, start_step)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock when everything is loaded and the first samples are asked."""
+        self._began = time.monotonic()
+        self._last = (self._began, *self._last[1:])
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the line; the closing summary of transformers is not one."""
         if not logs or "loss" not in logs or not state.is_world_process_zero:

@@ -155,7 +155,7 @@ def make_trainer(
     counts = lambda: (trainer.seen_tokens, trainer.trained_tokens, trainer.seen_images)  # noqa: E731
     going_on = Report(lambda: write_report(facts, state=f"running, step {trainer.state.global_step}"))
     trainer.remove_callback(PrinterCallback)
-    for callback in (Metrics(folder / "metrics.jsonl", counts, start_step=start), sampling, interrupt, going_on):
+    for callback in (sampling, Metrics(folder / "metrics.jsonl", counts, start_step=start), interrupt, going_on):
         trainer.add_callback(callback)
     if "tensorboard" in config.runtime.report_to:
         trainer.add_callback(_tensorboard(folder / "tensorboard"))

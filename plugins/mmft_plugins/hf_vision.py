@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from mmft import VisionEncoderSpec, VisionInfo, hookimpl
 from mmft.errors import ModelError
-from mmft.images import ImageTransform
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mmft.images import ImageTransform
 
 # What a transformers image processor may be asked to do and ImageTransform repeats.
 STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
@@ -122,7 +123,7 @@ def layer_index(select_layer: int, num_layers: int, path: str | Path) -> int:
     return select_layer % (num_layers + 1)
 
 
-def patch_grid(config: Any, transform: ImageTransform, path: str | Path) -> PatchGrid:
+def patch_grid(config: Any, transform: "ImageTransform", path: str | Path) -> PatchGrid:
     """The patches of a transformed picture. Raises ModelError if pictures differ in size or hold no patch."""
     size = transform.output_size
     if size is None:
@@ -141,7 +142,7 @@ def patch_grid(config: Any, transform: ImageTransform, path: str | Path) -> Patc
 
 def _read_transform(
     path: str | Path, revision: str | None, *, pad_to_square: bool, image_size: int | None
-) -> ImageTransform:
+) -> "ImageTransform":
     """The steps of the checkpoint's image processor, as numbers.
 
     transformers' own class reads the file, because old files leave out what the class knows (google/vit-* has neither
@@ -165,6 +166,8 @@ def _read_transform(
             f"vision encoder {path}: {type(processor).__name__} does other steps ({reason}) than resize to a fixed "
             "size, crop, scale and normalise; offer this encoder from a plugin with a transform of its own"
         )
+    from mmft.images import ImageTransform
+
     transform = ImageTransform(
         resize=edges,
         crop=(crop.height, crop.width) if processor.do_center_crop else None,
@@ -182,7 +185,7 @@ def _read_transform(
     return replace(transform, pad_to_square=pad_to_square)
 
 
-def _must_agree(transform: ImageTransform, processor: Any, path: str | Path) -> None:
+def _must_agree(transform: "ImageTransform", processor: Any, path: str | Path) -> None:
     """Try both on a picture: a processor class may do more than its settings say."""
     import torch
     from PIL import Image
