@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path("work_dirs/demo")
@@ -28,9 +29,9 @@ def main() -> None:
     say("3/5  stage 2: LoRA on the 4-bit language model, and the projector, on questions about pictures")
     train("llava_demo_finetune", STAGE2)
     say("4/5  held-out questions: pictures that no training step has seen")
-    before = evaluate(STAGE1, "eval", limit=100)
-    direct = evaluate(STAGE2, "eval_direct", limit=300)
-    after = evaluate(STAGE2, "eval", "--ask-first", DESCRIBE, limit=600)
+    before = evaluate(STAGE1, "eval", limit=64)
+    direct = evaluate(STAGE2, "eval_direct", limit=192)
+    after = evaluate(STAGE2, "eval", "--ask-first", DESCRIBE, limit=384)
     say("5/5  three held-out pictures, before and after stage 2")
     show_answers()
     summary(before, direct, after)
@@ -89,27 +90,32 @@ def newest(folder: Path) -> float:
 
 
 def show_answers() -> None:
-    """`mmft chat` with both models, side by side; the first question of each conversation is the description."""
-    for number in PICTURES:
-        picture = ROOT / "data" / "test" / f"{number}.png"
+    """`mmft chat` with both models, side by side; each picture is a conversation that opens with its description."""
+    pictures = [ROOT / "data" / "test" / f"{number}.png" for number in PICTURES]
+    answers = [chat(model, pictures) for model in (STAGE1, STAGE2)]
+    width = max(map(len, QUESTIONS))
+    left = min(44, max(len(answer) for answer in answers[0]))
+    for n, picture in enumerate(pictures):
         print(f"\n{picture}")
-        answers = [chat(model, picture) for model in (STAGE1, STAGE2)]
-        width = max(map(len, QUESTIONS))
-        left = min(44, max(len(answer) for answer in answers[0]))
         print(f"  {'':{width}}  {'after stage 1':{left}}  after stage 2")
-        for question, *given in zip(QUESTIONS, *answers, strict=True):
-            before, after = (text if len(text) <= left else text[: left - 1] + "…" for text in given)
+        for m, question in enumerate(QUESTIONS):
+            before, after = (shortened(given[n * len(QUESTIONS) + m], left) for given in answers)
             print(f"  {question:{width}}  {before:{left}}  {after}")
 
 
-def chat(model: Path, picture: Path) -> list[str]:
-    """The answers of one conversation about a picture: `mmft chat MODEL --image PICTURE < questions`."""
-    command = [MMFT, "chat", str(model), "--image", str(picture), "--max-new-tokens", "24"]
-    asked = "\n".join(QUESTIONS) + "\n"
-    done = subprocess.run(command, input=asked, check=True, capture_output=True, text=True)
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters of a text."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def chat(model: Path, pictures: Sequence[Path]) -> list[str]:
+    """The answers of `mmft chat MODEL < script`, where the script shows each picture and asks the questions."""
+    script = "".join(f"/reset\n/image {picture}\n" + "".join(f"{q}\n" for q in QUESTIONS) for picture in pictures)
+    command = [MMFT, "chat", str(model), "--max-new-tokens", "24"]
+    done = subprocess.run(command, input=script, check=True, capture_output=True, text=True)
     answers = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if len(answers) != len(QUESTIONS):  # an answer of several lines: one question a time keeps them apart
-        answers = [" ".join(done.stdout.split())] * len(QUESTIONS)
+    if len(answers) != len(pictures) * len(QUESTIONS):
+        sys.exit(f"expected one line an answer, got:\n{done.stdout}")
     return answers
 
 

@@ -57,11 +57,18 @@ class TokenStore:
         """bool[N]: whether an item holds a picture."""
         return np.array([bool(images) for images in self.images], dtype=np.bool_)[self.index]
 
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are targets, repeats counted."""
+        if not len(self):
+            return 0
+        return int(np.add.reduceat(self.loss, self.offsets[:-1], dtype=np.int64)[self.index].sum())
+
     def summary(self) -> str:
         """One paragraph a person reads before the run starts."""
         used = self.lengths
         text = (
-            f"{len(self):,} samples, {int(used.sum()):,} tokens ({int(self.loss.sum()):,} of the store's trained), "
+            f"{len(self):,} samples, {int(used.sum()):,} tokens ({self.num_trained:,} trained), "
             f"{sum(map(len, self.images)):,} images; longest {int(used.max(initial=0)):,} tokens"
         )
         return text + ("\n" + drop_summary(self.drops, self.num_records) if self.drops else "")

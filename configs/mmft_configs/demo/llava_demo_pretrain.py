@@ -31,7 +31,7 @@ config = TrainConfig(
                 source=use("json", path=ROOT / "data" / "pretrain.json"),
                 image_folder=ROOT / "data" / "train",
                 data_map="llava",
-                limit=1280,
+                limit=1040,
             ),
         ),
         chat_template="chatml",
