@@ -23,7 +23,7 @@ from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
 from mmft.modeling.llava import LlavaModel
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
-from mmft.types import Conversation, TokenizedSample
+from mmft.types import Conversation, Image, Message, Text, TokenizedSample
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -142,6 +142,26 @@ class Assistant:
             ids, attention_mask=mask, pixel_values=pixels, eos_token_id=stop_ids, pad_token_id=pad,
             **generation.options(), **extra,
         )  # fmt: skip
+
+
+def user_message(text: str, images: Sequence[str | Path] = ()) -> Message:
+    """A user's turn: the pictures first and a newline after each, as the `llava` data map puts them.
+
+    Raises `DataError` where there is nothing in it, or bytes that are no UTF-8 came in through the shell.
+    """
+    if not text.strip() and not images:
+        raise DataError("the question is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the question is not UTF-8 text (at character {error.start})") from error
+    parts: list[Text | Image] = []
+    for image in images:
+        parts += [Image(image), Text("\n")]
+    if parts:
+        parts.pop()
+        text = "\n" + text
+    return Message("user", (*parts, Text(text)))
 
 
 class _Streamer:

