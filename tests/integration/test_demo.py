@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
-# The loss starts at 7.1 and is 3.2 at step 10 of the demo's own, longer schedule (0.05 at its end). A projector that does
-# not train, features in the wrong order or gradients of zero leave it above 5.
+# The loss starts at 7.1 and is 3.2 at step 10 of the demo's own, longer schedule (0.05 at its end). A projector that
+# does not train, features in the wrong order or gradients of zero leave it above 5.
 LOSS_AFTER_12_STEPS = 3.0
 
 
