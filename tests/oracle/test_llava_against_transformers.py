@@ -15,7 +15,7 @@ from mmft.testing import tiny_llm, tiny_vision
 from mmft.types import IGNORE_INDEX, Conversation, Image, Message, Text
 
 # Measured over both encoders (float32, CPU, logits of standard deviation 0.11): padded logits 0.0, packed logits
-# 1.2e-7, losses of about 6 6.2e-7. A leaking sample, a wrong layer or a CLS token left in moves logits by more than 1e-2.
+# 1.2e-7, losses of about 6 6.2e-7. A leaking sample, a wrong layer or a CLS token left in moves logits far more.
 TOLERANCE = 2e-6
 ENCODERS = {
     "clip": {"strategy": "default", "pad_to_square": True},
