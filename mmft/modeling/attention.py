@@ -7,6 +7,7 @@ installed, takes the same keywords.
 """
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mmft.errors import ModelError
 
+log = logging.getLogger("mmft")
 VARLEN = "mmft_varlen"
 SELF_TEST_LENGTH = 6
 
@@ -134,11 +136,14 @@ def choose(llm: Any, requested: str) -> str:
     for name in candidates:
         reason = _try(llm, name)
         if not reason:
+            for other in reasons:
+                log.info("attention %s; using %s", other, name)
             return "flat"
         reasons.append(f"{name}: {reason}")
     if requested not in ("auto", own):
         raise ModelError(f"model.llm.attention: {'; '.join(reasons)}; leave it at 'auto'")
     llm.set_attn_implementation(own)
+    log.warning("attention: samples are padded, which is slower, because %s", "; ".join(reasons))
     return "padded"
 
 
