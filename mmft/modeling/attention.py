@@ -132,7 +132,7 @@ def choose(llm: Any, requested: str) -> str:
     own: str = llm.config._attn_implementation
     flash = ["flash_attention_2"] if on_gpu and importlib.util.find_spec("flash_attn") else []
     candidates = {"auto": [*flash, VARLEN, own], "varlen": [VARLEN]}.get(requested, [requested])
-    reasons = []
+    reasons: list[str] = []
     for name in candidates:
         reason = _try(llm, name)
         if not reason:
