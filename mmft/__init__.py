@@ -14,6 +14,7 @@ from mmft.specs import (
     DataMap,
     DatasetSpec,
     ProjectorSpec,
+    SystemText,
     VisionEncoderSpec,
     VisionInfo,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RawRecord",
     "Sample",
     "Segment",
+    "SystemText",
     "Text",
     "ToolCall",
     "VisionEncoderSpec",

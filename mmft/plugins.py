@@ -23,6 +23,7 @@ from mmft.specs import (
     DataMap,
     DatasetSpec,
     ProjectorSpec,
+    SystemText,
     VisionEncoderSpec,
 )
 
@@ -33,6 +34,7 @@ CATALOGS: dict[str, type] = {
     "mmft_vision_encoders": VisionEncoderSpec,
     "mmft_projectors": ProjectorSpec,
     "mmft_datasets": DatasetSpec,
+    "mmft_system_texts": SystemText,
     "mmft_config_dirs": ConfigDir,
 }
 EVENTS = ("mmft_check_config", "mmft_callbacks", "mmft_add_commands")
@@ -129,6 +131,7 @@ class Plugins:
         self.vision_encoders: Catalog[VisionEncoderSpec] = self._catalog("vision encoder", "mmft_vision_encoders")
         self.projectors: Catalog[ProjectorSpec] = self._catalog("projector", "mmft_projectors")
         self.datasets: Catalog[DatasetSpec] = self._catalog("data source", "mmft_datasets")
+        self.system_texts: Catalog[SystemText] = self._catalog("system text", "mmft_system_texts")
 
     def _catalog(self, kind: str, hook: str) -> Catalog[Any]:
         owned = ((plugin, spec) for plugin in self.plugins for spec in plugin.offers.get(hook, ()))

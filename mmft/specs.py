@@ -36,8 +36,10 @@ class RenderFn(Protocol):
 class DataMap:
     """A data format: `fn` reads one raw record; None means "nothing to train here" and is counted as dropped.
 
-    `columns` are the keys a record of this format has, as a help for choosing; `examples` are raw records that `fn`
-    must accept. `fn` raises `DataError` for a record it cannot read. Added in 0.1.
+    `columns` are what a record of this format has and others have not, `[]` for "each item of": `messages[].role`. They
+    tell a person what to bring, and mmft which format a file is in. `examples` are raw records that `fn` must accept.
+    `write` is the way back, for `mmft data convert`. `fn` raises `DataError` for a record it cannot read, `write` for a
+    sample the format has no place for. Added in 0.1.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataMap:
     summary: str = ""
     columns: tuple[str, ...] = ()
     examples: Sequence[RawRecord] = ()
+    write: Callable[[Sample], RawRecord] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +118,24 @@ class DatasetSpec:
     """A data source: `load(**options)` yields raw records in a fixed order. Added in 0.1.
 
     `files(**options)` names what it reads, so that a cached token store notices a change and a missing file is
-    reported before anything is read.
+    reported before anything is read. `load_from(start, **options)` yields what `load` yields after the first `start`
+    records, without reading those: looking at one record and resuming a stream need it.
     """
 
     name: str
     load: Callable[..., Iterable[RawRecord]]
     files: Callable[..., Sequence[Path]] | None = None
+    load_from: Callable[..., Iterable[RawRecord]] | None = None
     summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemText:
+    """A system text by name, for `data.datasets.*.system_text` and for chat. Added in 0.2."""
+
+    name: str
+    text: str
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,10 +78,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """2a. Messages in order, and the JSON schemas of the tools the assistant may call."""
+    """2a. Messages in order, and the JSON schemas of the tools the assistant may call.
+
+    `notes` say what a data map left out or mended; each is counted and listed as a repair of its record.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[Image, ...]:

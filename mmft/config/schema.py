@@ -117,7 +117,9 @@ class Dataset(Part):
     data_map: str
     image_folder: Path | None = None
     system: str | None = None  # system text for conversations that have none
-    repeat: PositiveInt = 1
+    system_text: str | None = None  # the same by name, from a plugin
+    repeat: PositiveFloat = 1.0  # times an epoch; a fraction takes another random part each epoch
+    weight: PositiveFloat | None = None  # share of an epoch, relative to the other datasets' (all have one, or none)
     limit: PositiveInt | None = None  # records: take only the first so many
 
 
@@ -126,14 +128,16 @@ class Data(Part):
 
     datasets: tuple[Dataset, ...] = Field(min_length=1)
     chat_template: str = "auto"
+    allow_template_difference: bool = False  # train although the template's ids are not those of the model's own
     max_length: PositiveInt  # tokens, image tokens included
-    too_long: Literal["drop", "truncate", "error"] = "drop"
+    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     packing: bool = False  # whole samples share a row of max_length; they do not see each other
+    streaming: bool = False  # read while training, keep nothing; needs optim.max_steps
     group_by_modality: bool = False  # batches of images or of text, as LLaVA's group_by_modality_length
     group_by_length: bool = False
+    on_bad_sample: Literal["error", "drop", "replace"] = "drop"  # what happens to a record that cannot be trained
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # more dropped records than this stop the run
     num_workers: NonNegativeInt = 0  # DataLoader processes that open images
-    cache_dir: Path | None = None  # token stores; default: output_dir/../.cache
 
 
 class Optim(Part):
@@ -164,6 +168,7 @@ class Runtime(Part):
     """Part 5: where it runs and what it leaves behind."""
 
     output_dir: Path
+    cache_dir: Path | None = None  # token stores; default: output_dir/../.cache
     seed: NonNegativeInt = 42
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu"] = "auto"

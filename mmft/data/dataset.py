@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,21 @@ import numpy as np
 
 from mmft import __version__
 from mmft.config import Data, Dataset
+from mmft.data.records import NOT_FOUND, iterate_samples, render_sample
 from mmft.data.store import Drop, TokenStore, drop_summary
-from mmft.data.tokenize import Tokenizer, document_segments, tokenize_batch
+from mmft.data.tokenize import Tokenizer, tokenize_batch
 from mmft.errors import DataError
 from mmft.plugins import Plugins
-from mmft.specs import ChatTemplate, DataMap
+from mmft.specs import ChatTemplate
 from mmft.types import (
     Conversation,
-    Document,
-    Image,
-    Message,
     RawRecord,
     Sample,
     Segment,
-    Text,
     TokenizedSample,
 )
 
 CHUNK = 1000  # records a call into the tokenizer
-NOT_FOUND = "image not found: "
 
 
 def prepare(
@@ -81,57 +76,6 @@ def _refuse_too_many_drops(store: TokenStore, data: Data) -> None:
             f"{drop_summary(dropped, store.num_records) or 'the datasets are empty'}; at most "
             f"{data.max_bad_fraction:.1%} is allowed (data.max_bad_fraction). The first ones:\n    {first}"
         )
-
-
-def iterate_samples(dataset: Dataset, plugins: Plugins) -> Iterator[tuple[int, RawRecord, Sample | str]]:
-    """(record number, record, sample or the reason there is none) of one dataset, in order."""
-    source = plugins.datasets.get(dataset.source.name)
-    data_map = plugins.data_maps.get(dataset.data_map)
-    for number, record in enumerate(islice(source.load(**dataset.source.options), dataset.limit), start=1):
-        try:
-            yield number, record, _sample_of(record, dataset, data_map)
-        except DataError as error:
-            yield number, record, str(error)
-        except Exception as error:  # a map is somebody's code: whatever it raises belongs to the record and the map
-            yield number, record, f"data map {data_map.name!r} failed: {type(error).__name__}: {error}"
-
-
-def _sample_of(record: RawRecord, dataset: Dataset, data_map: DataMap) -> Sample | str:
-    sample = data_map.fn(record)
-    if sample is None:
-        return "nothing to train"
-    if isinstance(sample, Document):
-        return sample
-    messages = tuple(_with_paths(message, dataset.image_folder) for message in sample.messages)
-    if dataset.system is not None and not any(message.role == "system" for message in messages):
-        messages = (Message("system", (Text(dataset.system),)), *messages)
-    return replace(sample, messages=messages)
-
-
-def _with_paths(message: Message, folder: Path | None) -> Message:
-    """Resolve the image paths of a message; they may not lead out of the image folder, and the files must exist."""
-    if not message.images:
-        return message
-    return replace(message, parts=tuple(_resolved(p, folder) if isinstance(p, Image) else p for p in message.parts))
-
-
-def _resolved(image: Image, folder: Path | None) -> Image:
-    source = str(image.source)
-    if "://" in source:
-        raise DataError(f"image is a remote address: {source}; only local files are read")
-    path = source if folder is None else os.path.normpath(folder / source)
-    if folder is not None and Path(os.path.relpath(path, folder)).parts[:1] == ("..",):  # is_relative_to(".") is not it
-        raise DataError(f"image path leaves the image folder: {source}")
-    if not os.path.isfile(path):  # noqa: PTH113 - a stat each for millions of records, and Path costs twice that
-        raise DataError(f"{NOT_FOUND}{path}")
-    return Image(path)
-
-
-def render_sample(sample: Sample, template: ChatTemplate, tokenizer: Tokenizer) -> Sequence[Segment]:
-    """The segments of a sample: a conversation through its template, a document as it is."""
-    if isinstance(sample, Document):
-        return document_segments(sample, tokenizer)
-    return template.render(sample)
 
 
 def _build(temporary: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -233,7 +177,9 @@ def _open(folder: Path, data: Data) -> TokenStore:
     ids = np.memmap(folder / "ids.bin", np.int32, "r", shape=(total,)) if total else np.empty(0, np.int32)
     loss = np.memmap(folder / "loss.bin", np.bool_, "r", shape=(total,)) if total else np.empty(0, np.bool_)
     starts = np.concatenate([[0], np.cumsum(meta["counts"])])
-    index = [np.tile(np.arange(starts[i], starts[i + 1]), dataset.repeat) for i, dataset in enumerate(data.datasets)]
+    index = [
+        np.tile(np.arange(starts[i], starts[i + 1]), int(dataset.repeat)) for i, dataset in enumerate(data.datasets)
+    ]
     drops = tuple(Drop(*drop) for drop in meta["drops"])
     return TokenStore(ids, loss, offsets, meta["images"], np.concatenate(index), drops, meta["num_records"])
 

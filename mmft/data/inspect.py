@@ -7,7 +7,7 @@ import numpy as np
 from rich.text import Text as Styled
 
 from mmft.config import TrainConfig
-from mmft.data.dataset import iterate_samples, render_sample
+from mmft.data.records import iterate_samples, render_sample
 from mmft.data.shape import describe_model
 from mmft.data.tokenize import Tokenizer, tokenize
 from mmft.errors import DataError

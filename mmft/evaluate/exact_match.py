@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmft.config import Dataset, use
-from mmft.data.dataset import iterate_samples
+from mmft.data.records import iterate_samples
 from mmft.errors import DataError
 from mmft.inference import Assistant, Generation, user_message
 from mmft.plugins import Plugins

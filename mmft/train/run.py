@@ -64,7 +64,7 @@ def train(
     device, dtype = device_and_dtype(config.runtime)
     set_seed(config.runtime.seed)
     shape = describe_model(config.model, plugins)
-    cache = config.data.cache_dir or folder.parent / ".cache"
+    cache = config.runtime.cache_dir or folder.parent / ".cache"
     store = prepare(config.data, plugins, shape.tokenizer, cache, log.info)
     write_drops(folder / "dropped.jsonl", store)
     log.info("%s", store.summary())

@@ -18,6 +18,7 @@ SPECS = [
     "vision_encoders",
     "projectors",
     "datasets",
+    "system_texts",
 ]
 
 
@@ -26,7 +27,7 @@ def arguments(hook: str) -> str:
 
 
 def test_the_loader_knows_every_hook_that_is_specified() -> None:
-    assert set(HOOKS) == {*CATALOGS, *EVENTS} and len(HOOKS) == 9
+    assert set(HOOKS) == {*CATALOGS, *EVENTS} and len(HOOKS) == 10
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -1,0 +1,83 @@
+"""The command line. Each command parses and calls one function; heavy imports happen inside, so help is quick."""
+
+import logging
+import os
+import sys
+import warnings
+
+import click
+
+from mmft.cli import data, data_files, runs, talk
+from mmft.cli.shared import loaded_plugins
+
+
+class Commands(click.Group):
+    """Our commands, and those plugins add through `mmft_add_commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Sorted; plugins are loaded to know theirs."""
+        self._add_plugin_commands()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Ours without loading any plugin; else a plugin's."""
+        if super().get_command(ctx, name) is None:
+            self._add_plugin_commands()
+        return super().get_command(ctx, name)
+
+    def _add_plugin_commands(self) -> None:
+        from mmft.errors import PluginError
+
+        ours = dict(self.commands)
+        try:
+            loaded_plugins().call("mmft_add_commands", cli=self)
+        except PluginError as error:  # help must come up whatever a plugin does
+            click.echo(f"mmft: warning: {error}", err=True)
+        self.commands.update(ours)  # a plugin adds commands, it replaces none
+
+
+def main() -> None:
+    """Run the command line: 0 when all went well, 2 for what the user can mend, a traceback for a bug of ours."""
+    from mmft.errors import MmftError
+
+    debug = "--debug" in sys.argv
+    _quiet()
+    try:
+        code = cli(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except MmftError as error:
+        if debug:
+            raise
+        click.echo(f"mmft: error: {error}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _quiet() -> None:
+    """Keep off the screen what libraries say to each other and no user can act on."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # plain lines in a log file
+    # bitsandbytes misses an optional inference kernel of the hub; peft uses a name that transformers renames
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--plugin", multiple=True, help="Also load this Python module as a plugin (my_map.py).")
+@click.version_option(package_name="mmft")
+def cli(plugin: tuple[str, ...]) -> None:
+    """Turn a language model into one that sees.
+
+    Start with `mmft list-cfg`, copy one with `mmft copy-cfg`, then `mmft train` it and `mmft chat` with the result.
+    Add --debug to any command for the traceback of an error.
+    """
+
+
+for _command in (*runs.COMMANDS, data.data, *talk.COMMANDS):
+    cli.add_command(_command)
+for _command in data_files.COMMANDS:
+    data.data.add_command(_command)

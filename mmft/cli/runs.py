@@ -1,0 +1,96 @@
+"""Commands about configs and runs: train, check, show, list-cfg, copy-cfg, plugins."""
+
+from pathlib import Path
+
+import click
+
+from mmft.cli.shared import CONFIG, SET, loaded_config, loaded_plugins, print_rows
+
+
+@click.command()
+@CONFIG
+@SET
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Where the run is written (runtime.output_dir).")
+@click.option("--seed", type=int, help="runtime.seed.")
+@click.option("--resume", is_flag=False, flag_value="", default=None, help="Go on from a checkpoint, or the newest.")
+@click.option("--overwrite", is_flag=True, help="Begin anew where an earlier run is.")
+def train(
+    config: str, settings: tuple[str, ...], work_dir: Path | None, seed: int | None, resume: str | None, overwrite: bool
+) -> int:
+    """Train. CONFIG is a file, a shipped name, or the config.json of an earlier run."""
+    from mmft.config.load import find_config, override
+
+    plugins = loaded_plugins()
+    loaded = loaded_config(config, settings, plugins)
+    changes = {"runtime.output_dir": work_dir, "runtime.seed": seed}
+    loaded = override(loaded, {path: value for path, value in changes.items() if value is not None})
+    source = find_config(config, plugins)
+    from mmft.train.run import train as run
+
+    where = Path(resume) if resume else resume is not None
+    return run(loaded, plugins, source=source, resume=where, overwrite=overwrite)
+
+
+@click.command()
+@CONFIG
+@SET
+def check(config: str, settings: tuple[str, ...]) -> None:
+    """Find everything wrong with a config, without reading a weight."""
+    from mmft.config.check import check_config
+
+    plugins = loaded_plugins()
+    check_config(loaded_config(config, settings, plugins), plugins)
+    click.echo(f"{config}: no problem found")
+
+
+@click.command()
+@CONFIG
+@SET
+def show(config: str, settings: tuple[str, ...]) -> None:
+    """Print the resolved config as JSON, which `mmft train` accepts."""
+    from mmft.config.load import dump_config
+
+    click.echo(dump_config(loaded_config(config, settings, loaded_plugins())))
+
+
+@click.command("list-cfg")
+@click.option("-p", "--pattern", default="", help="Only names or summaries that hold this text.")
+def list_cfg(pattern: str) -> None:
+    """List the shipped configs."""
+    from mmft.config.load import list_configs
+
+    rows = [
+        (c.name, c.summary)
+        for c in list_configs(loaded_plugins())
+        if pattern.lower() in f"{c.name} {c.summary}".lower()
+    ]
+    print_rows([("NAME", "WHAT"), *rows])
+
+
+@click.command("copy-cfg")
+@click.argument("name")
+@click.argument("destination", type=click.Path(path_type=Path), default=Path())
+def copy_cfg(name: str, destination: Path) -> None:
+    """Copy a shipped config, to edit it."""
+    from mmft.config.load import copy_config
+
+    click.echo(copy_config(name, destination, loaded_plugins()))
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def plugins(as_json: bool) -> None:
+    """List the plugins, what each offers, and why one did not load."""
+    import json
+
+    from mmft.plugins import listing, offers_text
+
+    loaded = loaded_plugins()
+    if as_json:
+        click.echo(json.dumps(listing(loaded), indent=2))
+        return
+    rows = [(entry["name"], entry["from"], offers_text(entry)) for entry in listing(loaded)]
+    print_rows([("NAME", "FROM", "OFFERS"), *rows])
+
+
+COMMANDS = (train, check, show, list_cfg, copy_cfg, plugins)
