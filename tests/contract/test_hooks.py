@@ -18,7 +18,6 @@ SPECS = [
     "vision_encoders",
     "projectors",
     "datasets",
-    "system_texts",
 ]
 
 
