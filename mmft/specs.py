@@ -54,7 +54,9 @@ class DataMap:
 class ChatTemplate:
     """A chat format. `stop` are the strings that end an answer; `source` says where the format is defined.
 
-    `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer. Added in 0.1.
+    `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer. `compare=False`
+    exempts a format that is no chat, such as LLaVA's `plain`, from being held against the model's own chat template: it
+    is used on chat models although it differs. Added in 0.1; `compare` in 0.2.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ChatTemplate:
     supports_tools: bool = False
     source: str = ""
     bind: Callable[[Any], "ChatTemplate"] | None = None
+    compare: bool = True
 
     def for_tokenizer(self, tokenizer: Any) -> "ChatTemplate":
         """The template to use with this tokenizer; most do not depend on it."""

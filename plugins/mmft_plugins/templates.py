@@ -181,7 +181,7 @@ def render_plain(conversation: Conversation, /, *, generation_prompt: bool = Fal
 def bind_plain(tokenizer: Any) -> ChatTemplate:
     """Plain with the BOS of this tokenizer, if it puts one before a text by itself."""
     render = partial(render_plain, bos=own_bos(tokenizer))
-    return ChatTemplate(name="plain", render=render, stop=PLAIN.stop, source=PLAIN.source)
+    return ChatTemplate(name="plain", render=render, stop=PLAIN.stop, source=PLAIN.source, compare=False)
 
 
 def own_bos(tokenizer: Any) -> str:
@@ -253,6 +253,7 @@ PLAIN = ChatTemplate(
     stop=("\n",),
     source="https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/train/train.py, preprocess_plain",
     bind=bind_plain,
+    compare=False,
 )
 AUTO = ChatTemplate(
     name="auto", render=render_unbound, supports_tools=True, source="the tokenizer's own chat_template", bind=bind_auto

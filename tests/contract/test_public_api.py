@@ -22,6 +22,7 @@ hookimpl = pluggy.HookimplMarker('mmft')
 @hookspec mmft_vision_encoders() -> Iterable[VisionEncoderSpec]
 @hookspec mmft_projectors() -> Iterable[ProjectorSpec]
 @hookspec mmft_datasets() -> Iterable[DatasetSpec]
+@hookspec mmft_system_texts() -> Iterable[SystemText]
 @hookspec mmft_config_dirs() -> Iterable[ConfigDir]
 @hookspec mmft_check_config(config: 'TrainConfig', plugins: 'Plugins') -> Iterable[Problem]
 @hookspec mmft_callbacks(config: 'TrainConfig') -> Iterable['TrainerCallback']
@@ -37,6 +38,7 @@ NAME_PATTERN = re.compile('[a-z0-9_]+')
     summary: str = ''
     columns: tuple[str, ...] = ()
     examples: Sequence[RawRecord] = ()
+    write: Callable[[Sample], RawRecord] | None = None
 @dataclass(frozen=True, slots=True, kw_only=True) ChatTemplate()
     name: str
     render: RenderFn
@@ -44,6 +46,7 @@ NAME_PATTERN = re.compile('[a-z0-9_]+')
     supports_tools: bool = False
     source: str = ''
     bind: Callable[[Any], 'ChatTemplate'] | None = None
+    compare: bool = True
     for_tokenizer(self, tokenizer: Any) -> 'ChatTemplate'
 @dataclass(frozen=True, slots=True, kw_only=True) VisionInfo()
     hidden_size: int
@@ -64,7 +67,12 @@ same_number(num_patches: int, **options: Any) -> int
     name: str
     load: Callable[..., Iterable[RawRecord]]
     files: Callable[..., Sequence[Path]] | None = None
+    load_from: Callable[..., Iterable[RawRecord]] | None = None
     summary: str = ''
+@dataclass(frozen=True, slots=True, kw_only=True) SystemText()
+    name: str
+    text: str
+    source: str = ''
 @dataclass(frozen=True, slots=True, kw_only=True) ConfigDir()
     path: Path
 """,
@@ -90,6 +98,7 @@ RawRecord: TypeAlias = Mapping[str, Any]
 @dataclass(frozen=True, slots=True) Conversation()
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
     @property images(self) -> tuple[Image, ...]
 @dataclass(frozen=True, slots=True) Document()
     text: str
@@ -129,6 +138,7 @@ EXPORTS = [
     "RawRecord",
     "Sample",
     "Segment",
+    "SystemText",
     "Text",
     "ToolCall",
     "VisionEncoderSpec",
@@ -173,5 +183,5 @@ def test_mmft_exports_exactly_these_names() -> None:
 def test_every_spec_and_sample_type_is_exported() -> None:
     """A plugin needs no import from below `mmft` to write a map or a spec."""
     classes = {re.search(r"(\w+)\(\)$", line) for line in surface("specs") if line.startswith("@dataclass")}
-    assert {found[1] for found in classes if found} - set(EXPORTS) == set() and len(classes) == 7
+    assert {found[1] for found in classes if found} - set(EXPORTS) == set() and len(classes) == 8
     assert {"Conversation", "Document", "Message", "Text", "Image", "ToolCall", "Segment"} <= set(EXPORTS)
