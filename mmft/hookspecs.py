@@ -56,7 +56,7 @@ def mmft_datasets() -> Iterable[DatasetSpec]:
 
 @hookspec
 def mmft_system_texts() -> Iterable[SystemText]:
-    """Catalog: system texts by name. Added in 0.2."""
+    """Catalog: system texts by name. Added in 0.1."""
     return ()
 
 

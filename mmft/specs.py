@@ -54,9 +54,9 @@ class DataMap:
 class ChatTemplate:
     """A chat format. `stop` are the strings that end an answer; `source` says where the format is defined.
 
-    `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer. `compare=False`
-    exempts a format that is no chat, such as LLaVA's `plain`, from being held against the model's own chat template: it
-    is used on chat models although it differs. Added in 0.1; `compare` in 0.2.
+    `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer.
+    `compare=False` exempts a format that is no chat, such as LLaVA's `plain`, from being held against the model's own
+    chat template: it is used on chat models although it differs. Added in 0.1.
     """
 
     name: str
@@ -134,7 +134,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemText:
-    """A system text by name, for `data.datasets.*.system_text` and for chat. Added in 0.2."""
+    """A system text by name, for `data.datasets.*.system_text` and for chat. Added in 0.1."""
 
     name: str
     text: str
