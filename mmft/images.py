@@ -1,12 +1,15 @@
-"""Pictures: open a file safely, pad it to a square, and make the tensor an encoder was trained on.
+"""Pictures: open a file safely or read its header, pad it to a square, make the tensor an encoder was trained on.
 
 Public, for the plugins that offer vision encoders. Pillow does the work; numpy and torch are imported when called.
 `ImageTransform` repeats transformers' PIL image processors bit for bit (tests/oracle/test_image_preprocessing.py),
 but is a few numbers, so it pickles, compares and prints.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING
 
 from PIL import Image as PILImage
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485  # as Pillow's MAX_IMAGE_PIXELS: 256 MiB of RGB. Pillow itself refuses twice as many.
 # What cameras and data sets hold. Not everything Pillow knows: opening an EPS runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_FLOAT = "float pixels have no defined range; save the image with 8 bits a channel"
 
 
 def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
@@ -31,10 +35,36 @@ def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.
 
     Raises DataError, with the path and the reason, for anything that is not a whole, readable picture.
     """
+    with _opened(source, max_pixels) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height as the file's header states them; no pixel is decoded and no EXIF rotation applied.
+
+    Everything `open_image` can refuse without the pixels is refused here for the same reason. A file whose pixels are
+    cut off or damaged passes: only decoding can see that.
+
+    Raises DataError, with the path and the reason.
+    """
+    with _opened(source, max_pixels) as image:
+        if image.mode == "F":
+            raise ValueError(_FLOAT)
+        return image.size
+
+
+@contextmanager
+def _opened(source: str | Path, max_pixels: int) -> Iterator[PILImage.Image]:
+    """The picture with its header read and its size checked; whatever goes wrong with it inside is a DataError."""
     path = Path(source)
-    if not path.is_file():
-        raise DataError(f"{path}: " + ("is a folder, not an image" if path.is_dir() else "no such image file"))
-    if path.stat().st_size == 0:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        status = None
+    if status is None or not S_ISREG(status.st_mode):
+        folder = status is not None and S_ISDIR(status.st_mode)
+        raise DataError(f"{path}: " + ("is a folder, not an image" if folder else "no such image file"))
+    if status.st_size == 0:
         raise DataError(f"{path}: is empty (0 bytes), not an image")
     PILImage.init()  # once a process: registers the formats; AVIF is not in every build of Pillow
     try:
@@ -44,7 +74,7 @@ def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.
                 raise DataError(
                     f"{path}: {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are allowed"
                 )
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -55,7 +85,7 @@ def open_image(source: str | Path, *, max_pixels: int = MAX_PIXELS) -> PILImage.
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     if image.mode == "F":
-        raise ValueError("float pixels have no defined range; save the image with 8 bits a channel")
+        raise ValueError(_FLOAT)
     if image.mode.startswith("I"):
         import numpy as np
 

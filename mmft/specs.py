@@ -56,7 +56,9 @@ class ChatTemplate:
 
     `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer.
     `compare=False` exempts a format that is no chat, such as LLaVA's `plain`, from being held against the model's own
-    chat template: it is used on chat models although it differs. Added in 0.1.
+    chat template: it is used on chat models although it differs. `rewrites_history=True` says that the model's own
+    format writes earlier turns otherwise once the talk goes on, so that only the last answer may be trained. Added in
+    0.1.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ChatTemplate:
     source: str = ""
     bind: Callable[[Any], "ChatTemplate"] | None = None
     compare: bool = True
+    rewrites_history: bool = False
 
     def for_tokenizer(self, tokenizer: Any) -> "ChatTemplate":
         """The template to use with this tokenizer; most do not depend on it."""

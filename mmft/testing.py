@@ -173,12 +173,14 @@ def check_plugin(module: ModuleType) -> list[str]:
 
 
 def check_chat_template(template: ChatTemplate, conversations: Iterable[Conversation] = BATTERY) -> None:
-    """A prompt is a prefix of the training sequence, ends in no space, and each answer is trained with its end."""
+    """A prompt is a prefix of the training sequence, ends in no space, and each answer is trained with its end.
+
+    Of a template that rewrites history only the last answer is asked about.
+    """
     for conversation in conversations:
         whole = _flat(template.render(conversation))
-        for k, message in enumerate(conversation.messages):
-            if message.role != "assistant":
-                continue
+        answers = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
+        for k in answers[-1:] if template.rewrites_history else answers:
             prompt = _flat(template.render(Conversation(conversation.messages[:k]), generation_prompt=True))
             if whole[: len(prompt)] != prompt:
                 raise PluginError(

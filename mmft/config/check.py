@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmft.config.check_streaming import streaming_problems
 from mmft.config.schema import LLM, Dataset, TrainConfig, Use, Vision
 from mmft.errors import ConfigError, MmftError, Problem, did_you_mean
 from mmft.plugins import Catalog, Plugins
@@ -29,6 +30,8 @@ def find_problems(config: TrainConfig, plugins: Plugins) -> Iterator[Problem]:
     yield from _name_problems("data.chat_template", plugins.chat_templates, config.data.chat_template)
     for index, dataset in enumerate(config.data.datasets):
         yield from _dataset_problems(f"data.datasets.{index}", dataset, plugins)
+    yield from _mixing_problems(config)
+    yield from streaming_problems(config)
     yield from _training_problems(config)
     yield from _runtime_problems(config)
     yield from plugins.call("mmft_check_config", config=config, plugins=plugins)
@@ -121,6 +124,24 @@ def _dataset_problems(where: str, dataset: Dataset, plugins: Plugins) -> Iterato
     yield from _name_problems(f"{where}.data_map", plugins.data_maps, dataset.data_map)
     if dataset.image_folder and not dataset.image_folder.is_dir():
         yield Problem(f"{where}.image_folder", f"{dataset.image_folder} is not a folder")
+    if dataset.system_text is not None:
+        yield from _name_problems(f"{where}.system_text", plugins.system_texts, dataset.system_text)
+        if dataset.system is not None:
+            yield Problem(f"{where}.system_text", "the system text is given by name and in full", "drop one of them")
+
+
+def _mixing_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Weights are relative to each other, so all datasets have one or none; beside a weight, repeat says nothing."""
+    datasets = config.data.datasets
+    without = [index for index, dataset in enumerate(datasets) if dataset.weight is None]
+    if 0 < len(without) < len(datasets):
+        listed = ", ".join(f"data.datasets.{index}" for index in without)
+        yield Problem("data.datasets", f"{listed} has no weight, others have one", "give all of them a weight, or none")
+    for index, dataset in enumerate(datasets):
+        if dataset.weight is not None and dataset.repeat != 1 and not config.data.streaming:
+            yield Problem(
+                f"data.datasets.{index}.repeat", f"{dataset.repeat:g} times and a weight exclude each other", "drop one"
+            )
 
 
 def _training_problems(config: TrainConfig) -> Iterator[Problem]:

@@ -5,19 +5,24 @@ nothing is padded. `padded` is for attention implementations that cannot keep sa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 from torch import Tensor
 
+from mmft.data.store import REPLACED, Drop, StoredSample, TokenStore
 from mmft.errors import DataError
 from mmft.images import open_image
 from mmft.types import IGNORE_INDEX, Batch, Image, PackedSample, TokenizedSample
 
 Layout = Literal["flat", "padded"]
+BAD_SAMPLES = "bad_samples"  # the key of a batch under which a list of `Drop` says what could not be read
+REPLACEMENTS_TRIED = 64  # draws until a shorter sample is found; then the sample is dropped instead
+UNREADABLE = "image cannot be read"
 
 
 class FeatureReader(Protocol):
@@ -30,32 +35,101 @@ class FeatureReader(Protocol):
 
 @dataclass(frozen=True)
 class Collator:
-    """A picklable collate function: a list of samples, packed or not, to a `Batch`."""
+    """A picklable collate function: a list of samples, packed or not, to a `Batch`.
+
+    What becomes of a sample whose picture cannot be read is decided here, and told under `BAD_SAMPLES` in the batch.
+    `store` is where a replacement comes from; without one, `replace` is `drop`.
+    """
 
     layout: Layout
     pad_id: int = 0
     transform: Callable[[Any], Tensor] | None = None
     features: FeatureReader | None = None
+    on_bad_sample: Literal["error", "drop", "replace"] = "error"
+    store: TokenStore | None = None
+    seed: int = 0
 
     def __call__(self, items: Sequence[TokenizedSample | PackedSample]) -> Batch:
-        """The batch of some samples. Raises `DataError` for an image that cannot be read."""
+        """The batch of some samples.
+
+        Raises `DataError` for an image that cannot be read, under `on_bad_sample="error"`, with its file and record.
+        """
         samples = [s for item in items for s in (item.samples if isinstance(item, PackedSample) else (item,))]
+        bad: list[Drop] = []
+        pictures: list[Tensor] = []
+        if self.features is None and any(sample.images for sample in samples):
+            samples, pictures = self._with_pictures(samples, bad)
         batch = flat_batch(samples) if self.layout == "flat" else padded_batch(samples, self.pad_id)
         images = [image for sample in samples for image in sample.images]
         if images and self.features is not None:
             batch["image_features"] = self.features.read(images)
-        elif images:
-            batch["pixel_values"] = torch.stack([self._pixels(image) for image in images])
+        elif pictures:
+            batch["pixel_values"] = torch.stack(pictures)
+        if bad:
+            batch[BAD_SAMPLES] = bad  # type: ignore[literal-required]  # not for the model: the trainer takes it out
         return batch
 
-    def _pixels(self, image: Image) -> Tensor:
-        """float32[3, H, W] of one picture; an error names it."""
-        opened = open_image(image.source)
+    def _with_pictures(
+        self, samples: Sequence[TokenizedSample], bad: list[Drop]
+    ) -> tuple[list[TokenizedSample], list[Tensor]]:
+        """The samples to train and float32[3, H, W] of each of their pictures; what could not be read is in `bad`."""
+        kept: list[TokenizedSample] = []
+        pictures: list[Tensor] = []
+        for given in samples:
+            sample = given
+            try:
+                pixels = self._pixels(sample)
+            except DataError as error:
+                drop = _drop_of(sample, str(error))
+                if self.on_bad_sample == "error":
+                    raise DataError(str(drop) if drop.source else drop.reason) from error
+                found = self._replacement(sample) if self.on_bad_sample == "replace" else None
+                bad.append(replace(drop, action=REPLACED) if found else drop)
+                sample, pixels = found or self._without_lesson(sample)
+            kept.append(sample)
+            pictures += pixels
+        return kept, pictures
+
+    def _pixels(self, sample: TokenizedSample) -> list[Tensor]:
+        """float32[3, H, W] of each picture of a sample; an error names it."""
+        pixels = []
+        for image in sample.images:
+            opened = open_image(image.source)
+            assert self.transform is not None
+            try:
+                pixels.append(self.transform(opened))
+            except DataError as error:
+                raise DataError(f"{image.source}: {error}") from error
+        return pixels
+
+    def _without_lesson(self, sample: TokenizedSample) -> tuple[TokenizedSample, list[Tensor]]:
+        """The same tokens with no target, and black for its pictures: the row keeps its shape, nothing is learnt."""
         assert self.transform is not None
-        try:
-            return self.transform(opened)
-        except DataError as error:
-            raise DataError(f"{image.source}: {error}") from error
+        black = torch.zeros_like(self.transform(PILImage.new("RGB", (32, 32))))
+        silent = TokenizedSample(sample.input_ids, np.zeros_like(sample.loss_mask), sample.images)
+        return silent, [black] * len(sample.images)
+
+    def _replacement(self, sample: TokenizedSample) -> tuple[TokenizedSample, list[Tensor]] | None:
+        """Another sample that is not longer and whose pictures can be read: a function of the seed and the sample."""
+        if self.store is None or not isinstance(sample, StoredSample):
+            return None
+        random = np.random.default_rng([self.seed, sample.item])
+        for item in random.integers(len(self.store), size=REPLACEMENTS_TRIED).tolist():
+            first, stop = self.store.offsets[self.store.index[item] : self.store.index[item] + 2]
+            if item == sample.item or stop - first > len(sample):
+                continue
+            other = self.store[item]
+            try:
+                return other, self._pixels(other)
+            except DataError:
+                continue  # broken too; it is told when its own turn comes
+        return None
+
+
+def _drop_of(sample: TokenizedSample, reason: str) -> Drop:
+    """What is told of a sample whose picture cannot be read; its kind is the part of the reason before the colon."""
+    source, record = (sample.source, sample.record) if isinstance(sample, StoredSample) else ("", 0)
+    return Drop(source, record, "", f"{UNREADABLE}: {reason}")
 
 
 def labels_of(sample: TokenizedSample) -> NDArray[np.int64]:

@@ -2,222 +2,267 @@
 
 `prepare()` runs sources, maps, template and tokenizer over all datasets of a config and keeps the result in flat arrays
 on disk, memory-mapped. The folder's name is a digest of everything the result depends on, so a change in data, map,
-template, tokenizer or version builds a new one.
+template, tokenizer or version builds a new one. Chunks of records are tokenised in a second thread: Rust needs no GIL,
+so reading and rendering the next chunk in Python costs no time of its own.
 """
 
-import hashlib
-import inspect
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mmft import __version__
 from mmft.config import Data, Dataset
-from mmft.data.records import NOT_FOUND, iterate_samples, render_sample
-from mmft.data.store import Drop, TokenStore, drop_summary
-from mmft.data.tokenize import Tokenizer, tokenize_batch
+from mmft.data.cut import split, truncate
+from mmft.data.digest import digest_of
+from mmft.data.files import META, StoreWriter, open_store, source_name
+from mmft.data.formats import format_hint
+from mmft.data.records import NOT_FOUND, iterate_records, iterate_samples, render_sample
+from mmft.data.store import DROPPED, REPAIRED, REPLACED, Drop, TokenStore, drop_summary
+from mmft.data.tokenize import Piece, TokenizedChunk, Tokenizer, encode_pieces, pieces_of
 from mmft.errors import DataError
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
-from mmft.types import (
-    Conversation,
-    RawRecord,
-    Sample,
-    Segment,
-    TokenizedSample,
-)
+from mmft.types import Conversation, Document, RawRecord, Sample, TokenizedSample
 
 CHUNK = 1000  # records a call into the tokenizer
+AHEAD = 2  # chunks that wait for the tokenizer while Python reads on
 
 
 def prepare(
-    data: Data, plugins: Plugins, tokenizer: Tokenizer, cache_dir: Path, report: Callable[[str], None] = lambda _: None
+    data: Data,
+    plugins: Plugins,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    report: Callable[[str], None] = lambda _: None,
+    *,
+    refuse: bool = True,
+    seed: int = 0,
 ) -> TokenStore:
     """The token store of a config, from the cache where nothing it depends on has changed.
 
-    Raises `DataError` when more than `max_bad_fraction` of the records are dropped, or nothing is left.
+    `seed` chooses what stands in for dropped records under `on_bad_sample="replace"`. Raises `DataError` when more than
+    `max_bad_fraction` of the records are dropped, or nothing is left; not with `refuse=False`, for whoever wants to see
+    what there is.
     """
     template = plugins.chat_templates.get(data.chat_template).for_tokenizer(tokenizer.hf)
-    digest = _digest(data, plugins, tokenizer, template)
-    folder = cache_dir / f"tokens-{digest}"
-    if not (folder / "meta.json").is_file() or _images_appeared(folder):
+    folder = cache_dir / f"tokens-{digest_of(data, plugins, tokenizer, template, cache_dir)}"
+    if not (folder / META).is_file() or _images_appeared(open_store(folder, data, seed).drops):
         report(f"tokenising {len(data.datasets)} dataset(s) into {folder}")
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
-            _build(temporary, data, plugins, tokenizer, template)
+            _build(temporary, data, plugins, tokenizer, template, refuse=refuse)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         report(f"token store: {folder} (unchanged)")
-    store = _open(folder, data)
-    _refuse_too_many_drops(store, data)
+    store = open_store(folder, data, seed)
+    if refuse:
+        if data.on_bad_sample == "error":
+            for drop in store.drops:
+                _refuse_bad(drop, data)
+        _refuse_too_many_drops(store, data, plugins)
     return store
 
 
-def _images_appeared(folder: Path) -> bool:
+def _images_appeared(drops: Iterable[Drop]) -> bool:
     """Whether an image that was missing when the store was built is there now: its record must not stay dropped."""
-    reasons = [drop[3] for drop in json.loads((folder / "meta.json").read_text("utf-8"))["drops"]]
-    return any(Path(r.removeprefix(NOT_FOUND)).is_file() for r in reasons if r.startswith(NOT_FOUND))
+    reasons = (drop.reason for drop in drops if drop.reason.startswith(NOT_FOUND))
+    return any(Path(reason.removeprefix(NOT_FOUND)).is_file() for reason in reasons)
 
 
-def _refuse_too_many_drops(store: TokenStore, data: Data) -> None:
-    dropped = [drop for drop in store.drops if drop.action == "dropped"]
-    if not len(store) or len(dropped) > data.max_bad_fraction * store.num_records:
-        first = "\n    ".join(str(drop) for drop in dropped[:3])
+def _refuse_too_many_drops(store: TokenStore, data: Data, plugins: Plugins) -> None:
+    gone = (DROPPED, REPLACED)
+    number = sum(drop.action in gone for drop in store.drops)
+    if not len(store) or number > data.max_bad_fraction * store.num_records:
+        summary = drop_summary((drop for drop in store.drops if drop.action in gone), store.num_records)
+        first = list(islice((drop for drop in store.drops if drop.action in gone), 3))
+        listed = "".join(f"\n    {drop}" for drop in first)
+        hint = _format_hint(first[0], data, plugins) if first else ""
         raise DataError(
-            f"{drop_summary(dropped, store.num_records) or 'the datasets are empty'}; at most "
-            f"{data.max_bad_fraction:.1%} is allowed (data.max_bad_fraction). The first ones:\n    {first}"
+            f"{summary or 'the datasets are empty'}; at most {data.max_bad_fraction:.1%} is allowed "
+            f"(data.max_bad_fraction){f'; {hint}' if hint else ''}. The first ones:{listed}"
         )
 
 
-def _build(temporary: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+def _format_hint(drop: Drop, data: Data, plugins: Plugins) -> str:
+    """Which data map would read the records of the dataset a drop is from; empty where no other fits."""
+    dataset = next(dataset for dataset in data.datasets if source_name(dataset) == drop.source)
+    records = (record for _, record in iterate_records(dataset, plugins))
+    return format_hint(plugins.data_maps.get(dataset.data_map), records, plugins)
+
+
+def _refuse_bad(drop: Drop, data: Data) -> None:
+    """Stop at a bad record where the config says so; `too_long="drop"` is a choice, and no bad record."""
+    if data.on_bad_sample == "error" and drop.action == DROPPED and not drop.reason.startswith(TOO_LONG):
+        raise DataError(f"{drop} (data.on_bad_sample is 'error')")
+
+
+def _build(
+    temporary: Path, data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate, *, refuse: bool
+) -> None:
     """Write the store to a temporary folder, which is renamed when it is complete."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    lengths: list[int] = []
-    images: list[list[str]] = []
-    drops: list[Drop] = []
-    counts: list[int] = []
-    num_records = 0
-    with (temporary / "ids.bin").open("wb") as ids_file, (temporary / "loss.bin").open("wb") as loss_file:
+    with StoreWriter(temporary) as writer:
         for dataset in data.datasets:
-            before = len(lengths)
-            for chunk in _chunks(iterate_samples(dataset, plugins)):
-                num_records += len(chunk)
-                for sample in _tokenize_chunk(chunk, dataset, data, template, tokenizer, drops):
-                    sample.input_ids.tofile(ids_file)
-                    sample.loss_mask.tofile(loss_file)
-                    lengths.append(len(sample))
-                    images.append([str(image.source) for image in sample.images])
-            counts.append(len(lengths) - before)
-    np.save(temporary / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    meta = {
-        "images": images,
-        "counts": counts,
-        "num_records": num_records,
-        "drops": [[d.source, d.record, d.id, d.reason, d.action] for d in drops],
-    }
-    (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
+            writer.begin_dataset()
+            for chunk in tokenized_chunks(iterate_samples(dataset, plugins), dataset, data, template, tokenizer):
+                for drop in chunk.drops if refuse else ():
+                    _refuse_bad(drop, data)
+                writer.num_records += chunk.num_records
+                writer.add(chunk.samples, chunk.records, chunk.trained, chunk.drops)
+        writer.finish()
 
 
-def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
+@dataclass(slots=True)
+class Rendered:
+    """A chunk of records on the way to the tokenizer: what is kept, and what became of the rest."""
+
+    source: str
+    num_records: int
+    pieces: list[list[Piece]] = field(default_factory=list)
+    kept: list[tuple[int, RawRecord, Sample]] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+
+    def note(self, number: int, record: RawRecord, reason: str, action: str = DROPPED) -> None:
+        """List a record that is not trained as it was given."""
+        record_id = str(record.get("id", "")) if isinstance(record, Mapping) else ""
+        self.drops.append(Drop(self.source, number, record_id, reason, action))
 
 
-def _tokenize_chunk(
-    chunk: list[tuple[int, RawRecord, Sample | str]],
+@dataclass(frozen=True, slots=True)
+class FittedChunk:
+    """Samples that fit: int64[S] record numbers, int64[S] targets of each, and what became of other records."""
+
+    samples: TokenizedChunk
+    records: NDArray[np.int64]
+    trained: NDArray[np.int64]
+    drops: list[Drop]
+    num_records: int
+
+
+def tokenized_chunks(
+    samples: Iterable[tuple[int, RawRecord, Sample | str]],
     dataset: Dataset,
     data: Data,
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    drops: list[Drop],
-) -> Iterator[TokenizedSample]:
-    """The tokenised samples of a chunk; what cannot be trained is added to `drops`."""
-    kept: list[tuple[int, RawRecord]] = []
-    rendered: list[Sequence[Segment]] = []
+) -> Iterator[FittedChunk]:
+    """Chunks of a dataset's records, in order, tokenised and cut to `max_length`."""
+    waiting: deque[tuple[Rendered, Future[TokenizedChunk]]] = deque()
+    iterator = iter(samples)
+    with ThreadPoolExecutor(1, "tokenizer") as rust:
+        while chunk := list(islice(iterator, CHUNK)):
+            rendered = _render_chunk(chunk, source_name(dataset), template, tokenizer)
+            waiting.append((rendered, rust.submit(encode_pieces, rendered.pieces, tokenizer)))
+            if len(waiting) > AHEAD:
+                rendered, encoded = waiting.popleft()
+                yield _fitted(rendered, encoded.result(), data, tokenizer)
+        while waiting:
+            rendered, encoded = waiting.popleft()
+            yield _fitted(rendered, encoded.result(), data, tokenizer)
 
-    def drop(number: int, record: RawRecord, reason: str, action: str = "dropped") -> None:
-        drops.append(Drop(_source_name(dataset), number, _id_of(record), reason, action))
 
+def _render_chunk(
+    chunk: list[tuple[int, RawRecord, Sample | str]], source: str, template: ChatTemplate, tokenizer: Tokenizer
+) -> Rendered:
+    rendered = Rendered(source, len(chunk))
     for number, record, sample in chunk:
         try:
             if isinstance(sample, str):
                 raise DataError(sample)
-            if isinstance(sample, Conversation) and sample.images and tokenizer.image_id is None:
+            if tokenizer.image_id is None and isinstance(sample, Conversation) and sample.images:
                 raise DataError("has an image, but the model has no vision encoder")
-            rendered.append(render_sample(sample, template, tokenizer))
-            kept.append((number, record))
+            rendered.pieces.append(pieces_of(render_sample(sample, template, tokenizer), tokenizer))
+            rendered.kept.append((number, record, sample))
         except DataError as error:
-            drop(number, record, str(error))
-    for (number, record), tokenized in zip(kept, tokenize_batch(rendered, tokenizer), strict=True):
-        if len(tokenized) > data.max_length:
-            reason = f"longer than {data.max_length} tokens: {len(tokenized)}"
-            if data.too_long == "error":
-                raise DataError(f"{_source_name(dataset)} record {number:,}: {reason} (data.too_long is 'error')")
-            if data.too_long == "drop":
-                drop(number, record, reason)
-                continue
-            tokenized = truncate(tokenized, data.max_length, tokenizer)
-            if tokenized.loss_mask[1:].any():
-                drop(number, record, reason, "truncated")
-        if not tokenized.loss_mask[1:].any():
-            drop(number, record, "nothing to train")
-            continue
-        yield tokenized
+            rendered.note(number, record, str(error))
+    return rendered
 
 
-def truncate(sample: TokenizedSample, max_length: int, tokenizer: Tokenizer) -> TokenizedSample:
-    """The first `max_length` tokens; an image that would be cut is left out whole, with what follows it."""
-    cut = max_length
-    if sample.images:
-        positions = np.flatnonzero(sample.input_ids == tokenizer.image_id)
-        starts = positions[:: tokenizer.tokens_per_image]
-        split = starts[(starts < cut) & (starts + tokenizer.tokens_per_image > cut)]
-        cut = int(split[0]) if len(split) else cut
-        kept = int((starts < cut).sum())
-    else:
-        kept = 0
-    return TokenizedSample(sample.input_ids[:cut], sample.loss_mask[:cut], sample.images[:kept])
+TOO_LONG = "longer than "
 
 
-def _open(folder: Path, data: Data) -> TokenStore:
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    offsets = np.load(folder / "offsets.npy")
-    total = int(offsets[-1])
-    ids = np.memmap(folder / "ids.bin", np.int32, "r", shape=(total,)) if total else np.empty(0, np.int32)
-    loss = np.memmap(folder / "loss.bin", np.bool_, "r", shape=(total,)) if total else np.empty(0, np.bool_)
-    starts = np.concatenate([[0], np.cumsum(meta["counts"])])
-    index = [
-        np.tile(np.arange(starts[i], starts[i + 1]), int(dataset.repeat)) for i, dataset in enumerate(data.datasets)
-    ]
-    drops = tuple(Drop(*drop) for drop in meta["drops"])
-    return TokenStore(ids, loss, offsets, meta["images"], np.concatenate(index), drops, meta["num_records"])
+def _fitted(rendered: Rendered, chunk: TokenizedChunk, data: Data, tokenizer: Tokenizer) -> FittedChunk:
+    """The samples that are trained, at most `max_length` long; the others are listed."""
+    records = np.fromiter((number for number, _, _ in rendered.kept), np.int64, len(rendered.kept))
+    trained = count_trained(chunk.loss, chunk.offsets)
+    fits = (np.diff(chunk.offsets) <= data.max_length) & (trained > 0)
+    dropped: set[int] = set()
+    if not fits.all():
+        pieces: list[TokenizedSample] = []
+        numbers: list[int] = []
+        for sample, (number, record, given) in enumerate(rendered.kept):
+            fitting = [chunk[sample]]
+            if not fits[sample]:
+                fitting = _cut_to_fit(chunk[sample], number, record, given, rendered, data, tokenizer)
+            dropped |= set() if fitting else {number}
+            pieces += fitting
+            numbers += [number] * len(fitting)
+        chunk, records = _together(pieces), np.array(numbers, np.int64)
+        trained = count_trained(chunk.loss, chunk.offsets)
+    for number, record, given in rendered.kept:
+        for repair in given.notes if isinstance(given, Conversation) and number not in dropped else ():
+            rendered.note(number, record, repair, REPAIRED)
+    rendered.drops.sort(key=lambda drop: drop.record)
+    return FittedChunk(chunk, records, trained, rendered.drops, rendered.num_records)
 
 
-def _source_name(dataset: Dataset) -> str:
-    return str(dataset.source.options.get("path", dataset.source.name))
+def _cut_to_fit(
+    sample: TokenizedSample,
+    number: int,
+    record: RawRecord,
+    given: Sample,
+    rendered: Rendered,
+    data: Data,
+    tokenizer: Tokenizer,
+) -> list[TokenizedSample]:
+    """What is trained of a sample that is too long or has no target: pieces, or nothing."""
+    pieces = [sample]
+    reason = "nothing to train"
+    if len(sample) > data.max_length:
+        reason = f"{TOO_LONG}{data.max_length} tokens: {len(sample)}"
+        if data.too_long == "error":
+            raise DataError(f"{rendered.source} record {number:,}: {reason} (data.too_long is 'error')")
+        if data.too_long == "drop":
+            pieces = []
+        elif data.too_long == "truncate":
+            pieces = [truncate(sample, data.max_length, tokenizer)]
+        else:
+            pieces = split(sample, data.max_length, tokenizer)
+    trained = [piece for piece in pieces if piece.loss_mask[1:].any()]
+    if not trained:
+        rendered.note(number, record, "nothing to train" if pieces else reason)
+    elif data.too_long == "truncate":
+        rendered.note(number, record, reason, "truncated")
+    elif len(trained) < len(pieces) or not isinstance(given, Document):  # a document is meant to be split
+        left_out = (
+            f", {len(pieces) - len(trained)} of them without a target left out" if len(trained) < len(pieces) else ""
+        )
+        rendered.note(number, record, f"{reason}, in {len(pieces)} pieces{left_out}", "split")
+    return trained
 
 
-def _id_of(record: RawRecord) -> str:
-    return str(record.get("id", "")) if isinstance(record, Mapping) else ""
+def _together(samples: list[TokenizedSample]) -> TokenizedChunk:
+    """Samples one after another."""
+    offsets = np.cumsum([0, *map(len, samples)], dtype=np.int64)
+    ids = np.concatenate([np.empty(0, np.int32), *(sample.input_ids for sample in samples)])
+    loss = np.concatenate([np.empty(0, np.bool_), *(sample.loss_mask for sample in samples)])
+    return TokenizedChunk(ids, loss, offsets, [sample.images for sample in samples])
 
 
-def _digest(data: Data, plugins: Plugins, tokenizer: Tokenizer, template: ChatTemplate) -> str:
-    """Of everything the token store depends on, the code of map and template included."""
-    digest = hashlib.sha256()
-
-    def add(*values: Any) -> None:
-        digest.update(json.dumps([str(value) for value in values]).encode())
-
-    add(__version__, data.max_length, data.too_long, tokenizer.tokens_per_image, tokenizer.image_id)
-    add(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.hf.chat_template)
-    add(tokenizer.hf.bos_token, tokenizer.hf.eos_token)
-    add(template.name, plugins.chat_templates.owner(data.chat_template).distribution, _code_of(template.render))
-    for dataset in data.datasets:
-        source, data_map = plugins.datasets.get(dataset.source.name), plugins.data_maps.get(dataset.data_map)
-        add(dataset.model_dump_json(exclude={"repeat"}), _code_of(source.load), _code_of(data_map.fn))
-        add(plugins.data_maps.owner(dataset.data_map).distribution)
-        for path in source.files(**dataset.source.options) if source.files else ():
-            with Path(path).open("rb") as file:
-                add(path, hashlib.file_digest(file, "sha256").hexdigest())
-    return digest.hexdigest()[:16]
-
-
-def _code_of(function: Any) -> str:
-    """The source file a function comes from, hashed: an edited map must not meet a stale store."""
-    while hasattr(function, "func"):
-        function = function.func
-    try:
-        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
-    except (TypeError, OSError):
-        return repr(function)
+def count_trained(loss: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64[S]: the targets of each sample; its first token has no context and is none."""
+    counted = np.concatenate([[0], np.cumsum(loss, dtype=np.int64)])
+    after_first = np.minimum(offsets[:-1] + 1, offsets[1:])
+    trained: NDArray[np.int64] = counted[offsets[1:]] - counted[after_first]
+    return trained

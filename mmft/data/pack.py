@@ -8,10 +8,12 @@ Modeling" (https://arxiv.org/abs/2404.10830, section 3), but with nothing split.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmft.data.mixing import Mixing
 from mmft.data.store import TokenStore
 from mmft.errors import DataError
 from mmft.types import PackedSample
@@ -50,36 +52,59 @@ def best_fit(lengths: Sequence[int] | NDArray[np.int64], max_length: int) -> lis
 
 @dataclass(frozen=True)
 class PackedStore:
-    """A token store seen as packed rows."""
+    """A token store seen as packed rows: int64[N] items, row after row, and int64[R + 1] where each row begins.
+
+    Where an epoch takes shares of its datasets (`mixing`), a row holds samples of one dataset, and rows are drawn.
+    """
 
     store: TokenStore
-    rows: list[list[int]]
+    items: NDArray[np.int64]
+    starts: NDArray[np.int64]
     max_length: int
+    mixing: Mixing | None = None
 
     @classmethod
     def of(cls, store: TokenStore, max_length: int) -> "PackedStore":
         """Pack every item of a store."""
-        return cls(store, best_fit(store.lengths, max_length), max_length)
+        lengths = store.lengths
+        rows: list[list[int]] = []
+        sizes: list[int] = []
+        first = 0
+        for size in store.mixing.sizes if store.mixing else (len(store),):
+            packed = best_fit(lengths[first : first + size], max_length)
+            rows += [[first + item for item in row] for row in packed] if first else packed
+            sizes.append(len(packed))
+            first += size
+        items = np.fromiter(chain.from_iterable(rows), np.int64, len(store))
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return cls(store, items, starts, max_length, store.mixing.of_sizes(sizes) if store.mixing else None)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> PackedSample:
-        return PackedSample(tuple(self.store[item] for item in self.rows[row]))
+        number = range(len(self))[row]
+        items = self.items[self.starts[number] : self.starts[number + 1]]
+        return PackedSample(tuple(self.store[item] for item in items.tolist()))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """int64[R]: the tokens of each row."""
-        lengths = self.store.lengths
-        return np.array([lengths[row].sum() for row in self.rows], dtype=np.int64)
+        return self._sums(self.store.lengths)
 
     @property
     def has_image(self) -> NDArray[np.bool_]:
         """bool[R]: whether a row holds a picture."""
-        has_image = self.store.has_image
-        return np.array([has_image[row].any() for row in self.rows], dtype=np.bool_)
+        has_image: NDArray[np.bool_] = self._sums(self.store.has_image.astype(np.int64)) > 0
+        return has_image
+
+    def _sums(self, of_item: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64[R]: the sum over each row; every row holds something."""
+        sums: NDArray[np.int64] = np.add.reduceat(of_item[self.items], self.starts[:-1]) if len(self) else of_item
+        return sums
 
     def summary(self) -> str:
         """How full the rows are."""
         fill = float(self.lengths.sum()) / max(1, len(self) * self.max_length)
-        return f"packed {len(self.store):,} samples into {len(self):,} rows of {self.max_length:,}: {fill:.1%} full"
+        text = f"packed {len(self.store):,} samples into {len(self):,} rows of {self.max_length:,}: {fill:.1%} full"
+        return text + (f"; {self.mixing.summary()}" if self.mixing else "")

@@ -51,10 +51,12 @@ def _sample_of(record: RawRecord, dataset: Dataset, data_map: DataMap, system: s
         return "nothing to train"
     if isinstance(sample, Document):
         return sample
-    messages = tuple(_with_paths(message, dataset.image_folder) for message in sample.messages)
+    messages = sample.messages
+    if any(part.__class__ is Image for message in messages for part in message.parts):
+        messages = tuple(_with_paths(message, dataset.image_folder) for message in messages)
     if system is not None and not any(message.role == "system" for message in messages):
         messages = (Message("system", (Text(system),)), *messages)
-    return replace(sample, messages=messages)
+    return sample if messages is sample.messages else replace(sample, messages=messages)
 
 
 def _with_paths(message: Message, folder: Path | None) -> Message:

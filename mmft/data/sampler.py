@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmft.data.mixing import Mixing
+
 SORT_WINDOW = 50  # steps whose items are sorted together; larger is less random, smaller pads more
 
 
@@ -26,9 +28,10 @@ class StepSampler(torch.utils.data.Sampler[int]):
         seed: int,
         by_modality: bool = False,
         by_length: bool = False,
+        mixing: Mixing | None = None,
     ) -> None:
         self.lengths, self.has_image, self.step_size, self.seed = lengths, has_image, step_size, seed
-        self.by_modality, self.by_length = by_modality, by_length
+        self.by_modality, self.by_length, self.mixing = by_modality, by_length, mixing
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -36,15 +39,17 @@ class StepSampler(torch.utils.data.Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return sum(self.mixing.quotas) if self.mixing else len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         yield from self.order(self.epoch).tolist()
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """int64[N]: the whole order of one epoch."""
+        """int64[N]: the whole order of one epoch: of every item, or of what `mixing` draws for it."""
         random = np.random.default_rng([self.seed, epoch])
-        everything = random.permutation(len(self.lengths))
+        everything = random.permutation(len(self))
+        if self.mixing:
+            everything = self.mixing.draw(self.seed, epoch)[everything]
         if not (self.by_modality or self.by_length):
             return everything
         groups = [everything]

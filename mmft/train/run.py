@@ -16,10 +16,13 @@ from mmft.config.check import check_config
 from mmft.config.load import dump_config
 from mmft.data.collate import Collator
 from mmft.data.dataset import prepare
+from mmft.data.feed import Account, StreamFeed, read_state
 from mmft.data.pack import PackedStore
+from mmft.data.proof import refuse_difference
 from mmft.data.sampler import StepSampler
 from mmft.data.shape import Shape, describe_model
 from mmft.data.store import TokenStore
+from mmft.data.stream import SampleStream
 from mmft.errors import CheckpointError, DataError, ModelError
 from mmft.inference import Assistant
 from mmft.modeling.build import TABLE_COLUMNS, build_model, module_table
@@ -64,9 +67,14 @@ def train(
     device, dtype = device_and_dtype(config.runtime)
     set_seed(config.runtime.seed)
     shape = describe_model(config.model, plugins)
+    refuse_difference(plugins.chat_templates.get(config.data.chat_template), shape.tokenizer, config.data)
     cache = config.runtime.cache_dir or folder.parent / ".cache"
-    store = prepare(config.data, plugins, shape.tokenizer, cache, log.info)
-    write_drops(folder / "dropped.jsonl", store)
+    store: TokenStore | StreamFeed
+    if config.data.streaming:
+        store = open_stream(config, plugins, shape, checkpoint)
+    else:
+        store = prepare(config.data, plugins, shape.tokenizer, cache, log.info, seed=config.runtime.seed)
+        write_drops(folder / "dropped.jsonl", store)
     log.info("%s", store.summary())
     built = build_model(
         config.model, plugins, info=shape.vision, image_id=shape.tokenizer.image_id, dtype=dtype, device=device,
@@ -115,36 +123,38 @@ def make_trainer(
     plugins: Plugins,
     built: LlavaModel,
     shape: Shape,
-    store: TokenStore,
+    store: TokenStore | StreamFeed,
     features: FeatureStore | None,
     facts: Facts,
     checkpoint: Path | None,
 ) -> tuple[MMTrainer, Interrupt, SampleChat]:
     """The trainer with its data order and callbacks."""
-    data, optim, folder = config.data, config.optim, config.runtime.output_dir
+    data, folder = config.data, config.runtime.output_dir
     device, dtype = built.device, built.dtype
     if data.packing and built.layout != "flat":
         raise ModelError("data.packing: no attention of this model keeps packed samples apart; set packing=False")
-    dataset: Any = PackedStore.of(store, data.max_length) if data.packing else store
-    if data.packing:
-        log.info("%s", dataset.summary())
     arguments = training_arguments(config, dtype=dtype, device=device)
-    step_size = optim.batch_size_per_device * optim.accumulate * arguments.world_size
-    sampler = StepSampler(
-        dataset.lengths, dataset.has_image, step_size,
-        seed=config.runtime.seed, by_modality=data.group_by_modality, by_length=data.group_by_length,
-    )  # fmt: skip
+    dataset, sampler, feed = ordered(config, store, arguments.world_size)
     pad = shape.tokenizer.hf.pad_token_id or 0
     transform = shape.vision.transform if shape.vision else None
     trainer = MMTrainer(
         config=config,
         sampler=sampler,
+        feed=feed,
         hf_tokenizer=shape.tokenizer.hf,
         write_manifest=lambda path: write_manifest(path, config, plugins, NAMES[dtype]),
         model=built,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(built.layout, pad, transform, features),
+        data_collator=Collator(
+            built.layout,
+            pad,
+            transform,
+            features,
+            on_bad_sample=data.on_bad_sample,
+            store=store if isinstance(store, TokenStore) else None,
+            seed=config.runtime.seed,
+        ),
     )
     template = plugins.chat_templates.get(data.chat_template).for_tokenizer(shape.tokenizer.hf)
     sampling = SampleChat(
@@ -162,6 +172,33 @@ def make_trainer(
     for callback in plugins.call("mmft_callbacks", config=config):
         trainer.add_callback(callback)
     return trainer, interrupt, sampling
+
+
+def ordered(
+    config: TrainConfig, store: TokenStore | StreamFeed, world_size: int
+) -> tuple[Any, StepSampler | None, StreamFeed | None]:
+    """What is trained on, and its order: a store's, packed or not, has a sampler; a stream has its own."""
+    if isinstance(store, StreamFeed):
+        return store.stream, None, store
+    data, optim = config.data, config.optim
+    dataset: Any = PackedStore.of(store, data.max_length) if data.packing else store
+    if data.packing:
+        log.info("%s", dataset.summary())
+    step_size = optim.batch_size_per_device * optim.accumulate * world_size
+    sampler = StepSampler(
+        dataset.lengths, dataset.has_image, step_size,
+        seed=config.runtime.seed, by_modality=data.group_by_modality, by_length=data.group_by_length,
+        mixing=dataset.mixing,
+    )  # fmt: skip
+    return dataset, sampler, None
+
+
+def open_stream(config: TrainConfig, plugins: Plugins, shape: Shape, checkpoint: Path | None) -> StreamFeed:
+    """The stream of a config, from its beginning or from where a checkpoint stands."""
+    position, told = read_state(checkpoint) if checkpoint else (None, {})
+    stream = SampleStream(config.data, plugins, shape.tokenizer, seed=config.runtime.seed, start=position)
+    drops = config.runtime.output_dir / "dropped.jsonl"
+    return StreamFeed(stream, Account(drops, config.data.max_bad_fraction, log.info, **told))
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -228,7 +265,8 @@ def start_log(path: Path) -> None:
 
 def write_drops(path: Path, store: TokenStore) -> None:
     """One line a record that is not trained as it was given."""
-    path.write_text("".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in store.drops), "utf-8")
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a reason may quote half a character
+        file.writelines(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in store.drops)
 
 
 def log_table(rows: list[tuple[str, ...]]) -> None:
@@ -240,13 +278,13 @@ def log_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def cached_features(
-    config: TrainConfig, shape: Shape, built: LlavaModel, store: TokenStore, dtype: torch.dtype
+    config: TrainConfig, shape: Shape, built: LlavaModel, store: TokenStore | StreamFeed, dtype: torch.dtype
 ) -> FeatureStore | None:
     """The feature store, filled for every picture of the run, where the config asks for one."""
     import time
 
     vision = config.model.vision
-    if vision is None or vision.feature_cache is None or shape.vision is None:
+    if vision is None or vision.feature_cache is None or shape.vision is None or isinstance(store, StreamFeed):
         return None
     features = FeatureStore.for_encoder(vision, shape.vision, dtype)
     sources = sorted({source for images in store.images for source in images})

@@ -12,6 +12,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from mmft.config import Optim, TrainConfig
+from mmft.data.bad_samples import BadSamples
+from mmft.data.feed import StreamFeed
 from mmft.modeling.checkpoint import checkpoints, publish, save_parts
 from mmft.modeling.llava import LlavaModel
 from mmft.types import IGNORE_INDEX
@@ -20,24 +22,49 @@ SAVING = ".saving"
 
 
 class MMTrainer(Trainer):  # type: ignore[misc]
-    """One run. `sampler` decides the order; `write_manifest` closes a checkpoint folder."""
+    """One run. `sampler` or `feed` decides the order; `write_manifest` closes a checkpoint folder."""
 
     def __init__(
         self,
         *,
         config: TrainConfig,
-        sampler: torch.utils.data.Sampler[int],
+        sampler: torch.utils.data.Sampler[int] | None,
         hf_tokenizer: Any,
         write_manifest: Callable[[Path], None],
+        feed: StreamFeed | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.config, self.sampler, self.hf_tokenizer = config, sampler, hf_tokenizer
+        self.config, self.sampler, self.feed, self.hf_tokenizer = config, sampler, feed, hf_tokenizer
         self.write_manifest = write_manifest
         self.seen_tokens = self.trained_tokens = self.seen_images = 0
+        self.bad_samples = BadSamples(config.runtime.output_dir / "dropped.jsonl", config.data.max_bad_fraction)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """A stream brings its own loader, so that accelerate neither reads ahead nor deals out its rows again."""
+        if self.feed is None:
+            return super().get_train_dataloader()
+        return self.feed.loader(
+            self.data_collator, batch_size=self._train_batch_size, rank=self.args.process_index,
+            world=self.args.world_size, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """The batches of one optimizer step; a stream notes that they are taken."""
+        batches, items = super().get_batch_samples(*args, **options)
+        if self.feed:
+            for batch in batches:
+                self.feed.take(batch)
+        return batches, items
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """As transformers', with the passes over a stream for its epoch."""
+        if self.feed:
+            self.state.epoch = float(self.feed.passes)
+        super().log(logs, *args, **options)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, or what `optim.optimizer` names, over our parameter groups."""
@@ -50,6 +77,10 @@ class MMTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """As transformers', and count what is seen: padding is not."""
+        self.bad_samples.take(inputs)
+        items = options.get("num_items_in_batch")
+        if items is not None:  # a step of nothing but bad samples has no label: a loss of 0, not 0 / 0
+            options["num_items_in_batch"] = items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items)
         mask = inputs.get("attention_mask")
         self.seen_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         self.trained_tokens += int((inputs["labels"] != IGNORE_INDEX).sum())
@@ -69,6 +100,8 @@ class MMTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(aside.parent, ignore_errors=True)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
+            if self.feed:
+                self.feed.save(aside)
             self.write_manifest(aside)
             publish(aside, output_dir / aside.name)
             shutil.rmtree(aside.parent, ignore_errors=True)
@@ -145,6 +178,7 @@ def training_arguments(config: TrainConfig, *, dtype: torch.dtype, device: torch
         dataloader_pin_memory=device.type == "cuda",
         dataloader_drop_last=False,
         remove_unused_columns=False,
+        ignore_data_skip=config.data.streaming,  # a stream goes on from its own position
         disable_tqdm=True,
         label_names=["labels"],
     )

@@ -6,8 +6,10 @@ Jinja gives one string and says neither what in it is trained nor what is data. 
   message, and as it is. Where putting the parts for the sentinels, perhaps stripped, gives the second text from the
   first, the parts are data and cannot forge control tokens. A template that rewrites contents fails this; then the
   whole text is markup, and a content that spells a control token is refused.
-* **Mask.** The prompt of turn k, as the template writes it for inference, must be a prefix of the conversation up to
-  k, and that, up to the control token that ends the turn, a prefix of the whole. What lies between is trained.
+* **Mask.** Where the template marks answers with `{% generation %}` blocks, one a turn, those are what is trained: less
+  the prompt's own end where a block begins before it, through the control token that ends the turn. Else the prompt of
+  turn k, as the template writes it for inference, must be a prefix of the conversation up to k, and that, up to the
+  control token that ends the turn, a prefix of the whole. What lies between is trained.
 """
 
 import json
@@ -26,6 +28,7 @@ from mmft.types import Conversation, Image, Message, Segment, Text
 logger = logging.getLogger(__name__)
 
 FIRST_SENTINEL = 0xF0000  # plane 15, private use: 65,534 characters that no text has
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ANY_SENTINEL = re.compile("[\U000f0000-\U000ffffd]")
 PROBE = Conversation(
     tuple(Message(role, (Text("x"),)) for role in ("user", "assistant", "user", "assistant")),
@@ -44,6 +47,8 @@ class OwnFormat:
     special: re.Pattern[str]
     added: re.Pattern[str]
     tools: bool = False
+    blocks: bool = False
+    prompt: str = ""
 
 
 def render_unbound(conversation: Conversation, /, *, generation_prompt: bool = False) -> list[Segment]:
@@ -64,7 +69,13 @@ def bind_auto(tokenizer: Any) -> ChatTemplate:
     added = list(tokenizer.added_tokens_decoder.values())
     special = _any_of(str(token) for token in added if token.special)
     own = OwnFormat(tokenizer, special, _any_of(str(token) for token in added))
-    own = replace(own, tools=_knows_tools(own))
+    template = str(tokenizer.get_chat_template())
+    own = replace(own, tools=_knows_tools(own), blocks=bool(GENERATION.search(template)), prompt=_own_prompt(own))
+    if "strftime_now" in template:
+        logger.warning(
+            "chat template 'auto': this tokenizer's template writes today's date (strftime_now), so the same data "
+            "gives other tokens tomorrow and is prepared anew; choose a template by name for a fixed date"
+        )
     segments = render_auto(own, PROBE)
     starts = [after for before, after in pairwise([Segment(""), *segments]) if after.loss and not before.loss]
     if len(starts) < 2:
@@ -177,6 +188,9 @@ def _trained_spans(
 ) -> list[Span]:
     """Where the trained answers lie in `whole`: all of them, or the last where the template rewrites earlier ones."""
     turns = [k for k, message in enumerate(conversation.messages) if message.is_trained]
+    marked = _marked_spans(own, messages, tools, whole) if own.blocks else None
+    if marked is not None and all(k in marked for k in turns):
+        return [marked[k] for k in turns]
     spans = [_span(own, messages, tools, k, whole) for k in turns]
     certain = [span for span in spans if not isinstance(span, str)]
     if len(certain) == len(spans):
@@ -188,6 +202,53 @@ def _trained_spans(
     raise DataError(
         f"chat template 'auto': messages[{turns[-1]}] cannot be trained: {spans[-1]}; choose another template"
     )
+
+
+def _marked_spans(
+    own: OwnFormat, messages: list[dict[str, Any]], tools: list[Any], whole: str
+) -> dict[int, Span] | None:
+    """By number of the message, what the template's generation blocks mark; None where they are not one an answer."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return {}
+    rendered, marked = render_jinja_template(
+        conversations=[messages],
+        tools=tools or None,
+        chat_template=own.tokenizer.get_chat_template(tools=tools or None),
+        return_assistant_tokens_mask=True,
+        **own.tokenizer.special_tokens_map,
+    )
+    if len(marked[0]) != len(answers) or not whole.startswith(rendered[0]):
+        return None
+    spans = (_closed(own, whole, start, stop) for start, stop in marked[0])
+    return {k: span for k, span in zip(answers, spans, strict=True) if span}
+
+
+def _closed(own: OwnFormat, whole: str, start: int, stop: int) -> Span | None:
+    """A block from the end of the turn's prompt through the control token that ends the turn, in the block or next."""
+    for end in range(start, min(stop, start + len(own.prompt)) + 1):
+        if whole.endswith(own.prompt, 0, end):
+            start = end
+            break
+    else:
+        return None
+    ends = list(own.special.finditer(whole, start, stop)) or list(own.added.finditer(whole, start, stop))
+    if ends and not whole[ends[-1].end() : stop].strip():
+        return start, ends[-1].end()
+    after = own.special.match(whole, stop) or own.added.match(whole, stop)
+    return (start, after.end()) if after else None
+
+
+def _own_prompt(own: OwnFormat) -> str:
+    """What the template writes to ask for an answer; empty where that cannot be told."""
+    question = _messages(Conversation(PROBE.messages[:1]), mask=False)
+    try:
+        asked, told = (_jinja(own, question, [], prompt) for prompt in (True, False))
+    except DataError:
+        return ""
+    return asked[len(told) :].rstrip(" ") if asked.startswith(told) else ""
 
 
 def _span(own: OwnFormat, messages: list[dict[str, Any]], tools: list[Any], k: int, whole: str) -> Span | str:

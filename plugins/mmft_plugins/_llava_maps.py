@@ -5,40 +5,69 @@
 
 `<image>` marks stay where they are and several are allowed, unlike LLaVA's `preprocess_multimodal` and XTuner's
 `llava_map_fn`, which move one mark to the front and lose the others
-(https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/train/train.py). Text is kept exactly as given.
+(https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/train/train.py). Text is kept as given; `id` is not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmft.errors import DataError
 from mmft.specs import DataMap
-from mmft.types import Conversation, Image, Message, RawRecord, Role, Text
-from mmft_plugins._openai import drop_leading_answers, has_answer
-from mmft_plugins._records import keys_found, object_list, one_of, shown, text_field
+from mmft.types import Conversation, Message, RawRecord, Role, Sample, Text
+from mmft_plugins import _plain_write, _turns
+from mmft_plugins._records import keys_found, object_list, one_of, text_field
 
-MARK = "<image>"
 ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 
 
 def llava(record: RawRecord) -> Conversation | None:
     """A conversation, with images where the human's text has `<image>` marks; None where nothing is answered.
 
     `image` is a path, a list of paths, None or absent. Without any mark the images come first in the first question,
-    a newline after each. In an answer `<image>` is text. Answers before the first question are dropped.
+    a newline after each. In an answer `<image>` is text. Answers before the first question are dropped and counted.
     Raises `DataError` where marks and images differ in number.
     """
-    images = _images(record)
-    turns = [_turn(turn, number) for number, turn in enumerate(object_list(record, "conversations"))]
-    marks = sum(text.count(MARK) for role, text in turns if role == "user")
-    if images and not marks:
-        turns, marks = _marked(turns, len(images)), len(images)
-    if marks != len(images):
-        raise DataError(f"{_count(marks, f'{MARK} mark')}, {_count(len(images), 'image')}; the numbers must be equal")
-    waiting = iter(images)
-    messages = [Message(role, _parts(role, text, waiting)) for role, text in turns]
-    kept = drop_leading_answers(messages)
-    return Conversation(kept) if has_answer(kept) else None
+    return _turns.conversation(_turns.with_images(spoken(record), _turns.image_list(record, "image"), "human"))
+
+
+def llava_image_only(record: RawRecord) -> Conversation | None:
+    """A LLaVA conversation whose questions are their images alone, as XTuner's `llava_image_only_map_fn`.
+
+    Raises `DataError` where a question shows no image.
+    """
+    whole = llava(record)
+    if whole is None:
+        return None
+    for number, turn in enumerate(whole.messages):
+        if turn.role == "user" and not turn.images:
+            raise DataError(f"message {number + 1} (user) shows no image; the data map 'llava' reads such turns")
+    messages = [Message(turn.role, turn.images) if turn.role == "user" else turn for turn in whole.messages]
+    return _turns.conversation(messages, notes=whole.notes)
+
+
+def spoken(record: RawRecord, roles: Mapping[str, Role] = ROLES) -> list[Message]:
+    """The turns under `conversations`, each `from` a speaker and with a `value`, as plain text."""
+    return [_turn(turn, number, roles) for number, turn in enumerate(object_list(record, "conversations"))]
+
+
+def _turn(turn: Mapping[str, Any], number: int, roles: Mapping[str, Role]) -> Message:
+    try:
+        speaker = text_field(turn, "from")
+        if speaker not in roles:
+            raise DataError(f"from {speaker!r}; allowed: {one_of(roles)}")
+        return _turns.message(roles[speaker], text_field(turn, "value"))
+    except DataError as error:
+        raise DataError(f"conversations[{number}]: {error}") from error
+
+
+def write_llava(sample: Sample) -> RawRecord:
+    """The way back: a mark where each image stands; one image as its path, several as a list."""
+    turns = _plain_write.turns(sample, "llava", images=True)
+    images = [str(image.source) for turn in turns for image in turn.images]
+    record: dict[str, Any] = {"image": images if len(images) > 1 else images[0]} if images else {}
+    said = [{"from": SPEAKERS[turn.role], "value": _plain_write.marked(turn)} for turn in turns]
+    return {**record, "conversations": said}
 
 
 def caption(record: RawRecord) -> Conversation | None:
@@ -47,14 +76,14 @@ def caption(record: RawRecord) -> Conversation | None:
     The question goes because LLaVA trains stage 1 on image and caption alone (`preprocess_plain`).
     None where the caption is empty.
     """
-    images = _images(record)
+    images = _turns.image_list(record, "image")
     if not images:
         raise DataError(f"'image' is missing; keys found: {keys_found(record)}")
     if "conversations" in record:
         whole = llava(record)
         kept = () if whole is None else tuple(m for m in whole.messages if m.role != "system")
         messages = tuple(Message(m.role, m.images) if m.role == "user" else m for m in kept)
-        return Conversation(messages) if messages else None
+        return Conversation(messages, notes=whole.notes) if whole else None
     key = next((key for key in ("caption", "text") if key in record), None)
     if key is None:
         raise DataError(f"needs 'caption', 'text' or 'conversations'; keys found: {keys_found(record)}")
@@ -64,58 +93,12 @@ def caption(record: RawRecord) -> Conversation | None:
     return Conversation((Message("user", images), Message("assistant", (Text(text),))))
 
 
-def _images(record: RawRecord) -> tuple[Image, ...]:
-    value = record.get("image")
-    if value is None:
-        return ()
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) and path for path in paths):
-        raise DataError(f"'image' must be a path, a list of paths or null, found {shown(value)}")
-    return tuple(Image(path) for path in paths)
-
-
-def _turn(turn: Mapping[str, Any], number: int) -> tuple[Role, str]:
-    try:
-        speaker = text_field(turn, "from")
-        if speaker not in ROLES:
-            raise DataError(f"from {speaker!r}; allowed: {one_of(ROLES)}")
-        return ROLES[speaker], text_field(turn, "value")
-    except DataError as error:
-        raise DataError(f"conversations[{number}]: {error}") from error
-
-
-def _marked(turns: list[tuple[Role, str]], count: int) -> list[tuple[Role, str]]:
-    """The turns with `count` marks put before the first question."""
-    first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
-    if first is None:
-        raise DataError(f"{_count(count, 'image')}, but no turn from 'human' to show it in")
-    return [
-        (role, f"{MARK}\n" * count + text if number == first else text) for number, (role, text) in enumerate(turns)
-    ]
-
-
-def _parts(role: Role, text: str, images: Iterator[Image]) -> tuple[Text | Image, ...]:
-    if role != "user":
-        return (Text(text),) if text else ()
-    parts: list[Text | Image] = []
-    for number, piece in enumerate(text.split(MARK)):
-        if number:
-            parts.append(next(images))
-        if piece:
-            parts.append(Text(piece))
-    return tuple(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 LLAVA_MAPS: tuple[DataMap, ...] = (
     DataMap(
         name="llava",
         fn=llava,
         summary="LLaVA conversations, with or without images",
-        columns=("image", "conversations"),
+        columns=("image", "conversations[].from", "conversations[].value"),
         examples=(
             {
                 "id": "1",
@@ -134,7 +117,27 @@ LLAVA_MAPS: tuple[DataMap, ...] = (
                     {"from": "gpt", "value": "The first is larger."},
                 ],
             },
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+            {"image": None, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        ),
+        write=write_llava,
+    ),
+    DataMap(
+        name="llava_image_only",
+        fn=llava_image_only,
+        summary="LLaVA conversations whose questions are reduced to their images",
+        columns=("image", "conversations[].from", "conversations[].value"),
+        examples=(
+            {
+                "image": "1.jpg",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nDescribe it."},
+                    {"from": "gpt", "value": "A cat on a mat."},
+                ],
+            },
+            {
+                "image": "2.jpg",
+                "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}],
+            },
         ),
     ),
     DataMap(

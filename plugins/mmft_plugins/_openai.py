@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form, shared by `messages`, `openai` and `agent`.
+"""Messages in OpenAI's form, in full, and the way back; for `openai`, `messages`, `agent`, `prompt_completion`.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "loss": true}]}
 
@@ -7,71 +7,62 @@ training of one message off or on. Format: https://platform.openai.com/docs/api-
 """
 
 import json
-from collections.abc import Mapping
-from itertools import dropwhile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmft.errors import DataError
-from mmft.types import Conversation, Image, Message, RawRecord, Role, Text, ToolCall
+from mmft.types import Conversation, Document, Image, Message, RawRecord, Role, Sample, Text, ToolCall
+from mmft_plugins import _turns
 from mmft_plugins._records import keys_found, object_list, one_of, shown, text_field
 
-TEXT_ROLES: Mapping[str, Role] = {
+ROLES: Mapping[str, Role] = {
     "system": "system",
     "developer": "system",  # the name of the system role since OpenAI's o1
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",  # its name before 2023-11
 }
-AGENT_ROLES: Mapping[str, Role] = {**TEXT_ROLES, "tool": "tool"}
 SWITCH: Mapping[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+SOURCES = ("image", "path", "url")  # where a part of type "image" keeps its path
 
 
-def conversation(record: RawRecord, *, agent: bool = False) -> Conversation | None:
+def read(record: RawRecord) -> Conversation | None:
     """The conversation of a record; None where no message is left to train.
 
-    Answers before the first question are dropped, as LLaVA and XTuner do. With `agent`, tools and calls are read;
-    without, a record that has any is a `DataError`, because a text format would lose them.
+    A part `{"type": "image"}` without a path takes the next of the record's `images` (or `image`), which must be used
+    up; where no part has a place for one, `<image>` marks in the questions have, and without marks the first question.
     """
-    tools = _tools(record.get("tools"))
-    if tools and not agent:
-        raise DataError("the record has 'tools', which this data map does not read; use the data map 'agent'")
-    roles = AGENT_ROLES if agent else TEXT_ROLES
-    messages = [_message(message, number, roles) for number, message in enumerate(object_list(record, "messages"))]
-    kept = drop_leading_answers(messages)
-    return Conversation(kept, tools) if has_answer(kept) else None
+    images = _turns.image_list(record, "images") or _turns.image_list(record, "image")
+    waiting = iter(images)
+    messages = messages_of(record, "messages", waiting)
+    left = tuple(waiting)
+    if left and len(left) < len(images):
+        raise DataError(f"{len(images)} images, but {len(images) - len(left)} parts of type 'image' to show them in")
+    if left:
+        messages = _turns.with_images(messages, left)
+    return _turns.conversation(messages, _turns.tool_schemas(record.get("tools")))
 
 
-def drop_leading_answers(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages without the answers that precede the first question; system messages stay."""
-    rest = list(dropwhile(lambda message: message.role != "user", messages))
-    head = messages[: len(messages) - len(rest)]
-    return (*(message for message in head if message.role == "system"), *rest)
+def messages_of(record: RawRecord, key: str, images: Iterator[Image]) -> list[Message]:
+    """The messages under `key`."""
+    return [_message(message, f"{key}[{number}]", images) for number, message in enumerate(object_list(record, key))]
 
 
-def has_answer(messages: tuple[Message, ...]) -> bool:
-    """Whether some message is trained and says something."""
-    return any(message.is_trained and (message.text.strip() or message.tool_calls) for message in messages)
-
-
-def _message(message: Mapping[str, Any], number: int, roles: Mapping[str, Role]) -> Message:
+def _message(message: Mapping[str, Any], where: str, images: Iterator[Image]) -> Message:
     try:
         name = text_field(message, "role")
-        if name not in roles:
-            hint = "; use the data map 'agent'" if name in AGENT_ROLES else ""
-            raise DataError(f"role {name!r}; allowed: {one_of(roles)}{hint}")
-        calls = message.get("tool_calls")
-        if message.get("function_call"):
-            raise DataError("'function_call' is OpenAI's form before 2023-11; rewrite it as 'tool_calls'")
-        if calls and "tool" not in roles:
-            raise DataError("'tool_calls', which this data map does not read; use the data map 'agent'")
+        if name not in ROLES:
+            raise DataError(f"role {name!r}; allowed: {one_of(ROLES)}")
+        calls = message.get("tool_calls") or message.get("function_call")
         if calls and name != "assistant":
             raise DataError(f"'tool_calls' in a message of role {name!r}; only an assistant calls tools")
         loss = _loss(message)
-        if loss and name == "tool":
+        if loss and ROLES[name] == "tool":
             raise DataError("a tool message asks to be trained; tool output is never a target")
-        tool_calls = tuple(map(_tool_call, object_list(message, "tool_calls"))) if calls else ()
-        return Message(roles[name], _parts(message), tool_calls, loss)
+        return Message(ROLES[name], _parts(message, images), _turns.tool_calls(calls) if calls else (), loss)
     except DataError as error:
-        raise DataError(f"messages[{number}]: {error}") from error
+        raise DataError(f"{where}: {error}") from error
 
 
 def _loss(message: Mapping[str, Any]) -> bool | None:
@@ -86,21 +77,26 @@ def _loss(message: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _parts(message: Mapping[str, Any]) -> tuple[Text | Image, ...]:
+def _parts(message: Mapping[str, Any], images: Iterator[Image]) -> tuple[Text | Image, ...]:
     content = message.get("content")
     if content is None:
-        if "content" not in message and not message.get("tool_calls"):
+        if "content" not in message and not message.get("tool_calls") and not message.get("function_call"):
             raise DataError(f"'content' is missing; keys found: {keys_found(message)}")
         return ()
     if isinstance(content, str):
         return (Text(content),) if content else ()
     if not isinstance(content, list | tuple):
         raise DataError(f"'content' must be a string or a list of parts, found {type(content).__name__}")
-    return tuple(_part(part) for part in object_list(message, "content"))
+    parts = [Text(part) if isinstance(part, str) else _part(part, images) for part in content]
+    return tuple(part for part in parts if part != Text(""))
 
 
-def _part(part: Mapping[str, Any]) -> Text | Image:
+def _part(part: Any, images: Iterator[Image]) -> Text | Image:
     """One part of a content list; images by path or URL, as OpenAI (`image_url`) or transformers (`image`) has them."""
+    if not isinstance(part, Mapping):
+        raise DataError(
+            f"a part of 'content' must be an object or a string, found {type(part).__name__}: {shown(part)}"
+        )
     kind = text_field(part, "type")
     if kind == "text":
         return Text(text_field(part, "text"))
@@ -108,39 +104,40 @@ def _part(part: Mapping[str, Any]) -> Text | Image:
         url = part.get("image_url")
         return Image(text_field(url, "url") if isinstance(url, Mapping) else text_field(part, "image_url"))
     if kind == "image":
-        key = next((key for key in ("image", "path", "url") if part.get(key) is not None), "image")
-        return Image(text_field(part, key))
+        key = next((key for key in SOURCES if part.get(key) is not None), None)
+        if key is not None:
+            return Image(text_field(part, key))
+        image = next(images, None)
+        if image is None:
+            raise DataError("a part of type 'image' without a path, and the record's 'images' has no other left for it")
+        return image
     raise DataError(f"a part of type {kind!r}; allowed: 'text', 'image', 'image_url'")
 
 
-def _tool_call(call: Mapping[str, Any]) -> ToolCall:
-    """`{"type": "function", "function": {"name", "arguments"}}`, or the inner object alone."""
-    function = call.get("function", call)
-    if not isinstance(function, Mapping):
-        raise DataError(f"a tool call's 'function' must be an object, found {shown(function)}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise DataError(f"the arguments of a tool call are not JSON ({error}): {shown(arguments)}") from error
-    arguments = {} if arguments in (None, "") else arguments
-    if not isinstance(arguments, Mapping):
-        raise DataError(f"the arguments of a tool call must be an object, found {shown(arguments)}")
-    return ToolCall(text_field(function, "name"), arguments)
+def write(sample: Sample) -> RawRecord:
+    """A record of OpenAI messages. Raises `DataError` for a document."""
+    if isinstance(sample, Document):
+        raise DataError("a document is no conversation; only 'pretrain' has a place for it")
+    record: dict[str, Any] = {"messages": [_written(message) for message in sample.messages]}
+    return {**record, "tools": [dict(tool) for tool in sample.tools]} if sample.tools else record
 
 
-def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    """Tool schemas as OpenAI writes them; a bare function schema is wrapped, a JSON string is read."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"'tools' is a string but not JSON ({error}): {shown(tools)}") from error
-    if not tools:
-        return ()
-    schemas = object_list({"tools": tools}, "tools")
-    for schema in schemas:
-        if "function" not in schema and "name" not in schema:
-            raise DataError(f"a tool needs 'function' or 'name'; keys found: {keys_found(schema)}")
-    return tuple(schema if "function" in schema else {"type": "function", "function": schema} for schema in schemas)
+def _written(message: Message) -> dict[str, Any]:
+    content: Any = message.text
+    if message.images:
+        content = [
+            {"type": "text", "text": part.text}
+            if isinstance(part, Text)
+            else {"type": "image", "image": str(part.source)}
+            for part in message.parts
+        ]
+    written: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        written["tool_calls"] = [written_call(call) for call in message.tool_calls]
+    return written if message.loss is None else {**written, "loss": message.loss}
+
+
+def written_call(call: ToolCall) -> dict[str, Any]:
+    """A call as OpenAI has it: the arguments are a JSON string, so that every record has the same columns."""
+    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}

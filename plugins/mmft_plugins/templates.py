@@ -4,8 +4,7 @@ An answer is trained together with the token that ends it; the newline some form
 because generation has stopped by then. `auto` takes the format from the tokenizer itself.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,21 +14,12 @@ from mmft.errors import DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Message, Segment, Text
 from mmft_plugins._auto_template import bind_auto, render_unbound
+from mmft_plugins._tools import markup, tool_block, tool_calls, tool_result
 
 # LLaVA's `conv_vicuna_v1`: https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/conversation.py
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# The tool block of Qwen2.5 and Qwen3, after Hermes: https://github.com/NousResearch/Hermes-Function-Calling
-TOOLS_BEFORE = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-TOOLS_AFTER = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-    "</tool_call>"
 )
 
 
@@ -71,51 +61,24 @@ def render_turns(form: TurnFormat, conversation: Conversation, /, *, generation_
     if not form.tools:
         refuse_tools(form.name, conversation)
     messages = conversation.messages
-    segments = _markup(form.bos)
+    segments = markup(form.bos)
     if conversation.tools and (not messages or messages[0].role != "system"):
-        segments += _turn(form, "system", _tool_block(conversation.tools), loss=False)
+        segments += _turn(form, "system", tool_block(conversation.tools), loss=False)
     for index, message in enumerate(messages):
         if message.role == "tool":
-            segments += _tool_result(form, messages, index)
+            begin = f"{form.before_role}user{form.after_role}"
+            segments += tool_result(messages, index, begin, form.end + form.after)
             continue
-        body = _content(_stripped(message) if form.strips else message)
+        body = content(stripped(message) if form.strips else message)
         if index == 0 and message.role == "system" and conversation.tools:
-            body += [*_markup("\n\n"), *_tool_block(conversation.tools)]
-        segments += _turn(form, message.role, [*body, *_tool_calls(message)], loss=message.is_trained)
-    return segments + (_markup(f"{form.before_role}assistant{form.after_role}") if generation_prompt else [])
+            body += [*markup("\n\n"), *tool_block(conversation.tools)]
+        segments += _turn(form, message.role, [*body, *tool_calls(message)], loss=message.is_trained)
+    return segments + (markup(f"{form.before_role}assistant{form.after_role}") if generation_prompt else [])
 
 
 def _turn(form: TurnFormat, role: str, body: Sequence[Segment], *, loss: bool) -> list[Segment]:
-    header = _markup(f"{form.before_role}{role}{form.after_role}")
-    return [*header, *body, *_markup(form.end, loss), *_markup(form.after)]
-
-
-def _tool_block(tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    lines = "".join(f"\n{json.dumps(dict(tool), ensure_ascii=False)}" for tool in tools)
-    return [*_markup(TOOLS_BEFORE), Segment(lines), *_markup(TOOLS_AFTER)]
-
-
-def _tool_calls(message: Message) -> list[Segment]:
-    """The calls an assistant makes, a line break between them and after a text; the turn's header ends in one."""
-    segments: list[Segment] = []
-    loss = message.is_trained
-    for call in message.tool_calls:
-        gap = "\n" if segments or message.text or message.images else ""
-        segments += _markup(f'{gap}<tool_call>\n{{"name": "', loss)
-        segments += [Segment(call.name, loss), *_markup('", "arguments": ', loss)]
-        segments.append(Segment(json.dumps(dict(call.arguments), ensure_ascii=False), loss))
-        segments += _markup("}\n</tool_call>", loss)
-    return segments
-
-
-def _tool_result(form: TurnFormat, messages: Sequence[Message], index: int) -> list[Segment]:
-    """One tool's output; outputs that follow one another share a turn of the user. Never trained."""
-    opens = index == 0 or messages[index - 1].role != "tool"
-    closes = index + 1 == len(messages) or messages[index + 1].role != "tool"
-    header = f"{form.before_role}user{form.after_role}" if opens else "\n"
-    body = [Segment(part.text) if isinstance(part, Text) else Segment(part) for part in messages[index].parts]
-    end = "\n</tool_response>" + (form.end + form.after if closes else "")
-    return [*_markup(f"{header}<tool_response>\n"), *body, *_markup(end)]
+    header = markup(f"{form.before_role}{role}{form.after_role}")
+    return [*header, *body, *markup(form.end, loss), *markup(form.after)]
 
 
 def render_vicuna(
@@ -129,19 +92,19 @@ def render_vicuna(
     messages = conversation.messages
     if not messages or messages[0].role != "system":
         messages = (Message("system", (Text(VICUNA_SYSTEM),)), *messages)
-    segments, gap = _markup(bos), ""
+    segments, gap = markup(bos), ""
     for message in messages:
         loss = message.is_trained
         if message.role == "assistant":
-            segments += [*_markup(f"{gap}ASSISTANT:"), *_markup(" ", loss), *_content(message), *_markup(eos, loss)]
+            segments += [*markup(f"{gap}ASSISTANT:"), *markup(" ", loss), *content(message), *markup(eos, loss)]
             gap = ""
         elif message.role == "user":
-            segments += [*_markup(f"{gap}USER: "), *_content(message)]
+            segments += [*markup(f"{gap}USER: "), *content(message)]
             gap = " "
         elif message.text:
-            segments += [*_markup(gap), *_content(message)]
+            segments += [*markup(gap), *content(message)]
             gap = " "
-    return segments + (_markup(f"{gap}ASSISTANT:") if generation_prompt else [])
+    return segments + (markup(f"{gap}ASSISTANT:") if generation_prompt else [])
 
 
 def bind_vicuna(tokenizer: Any) -> ChatTemplate:
@@ -164,7 +127,7 @@ def render_plain(conversation: Conversation, /, *, generation_prompt: bool = Fal
     Raises `DataError` for an answer that follows another with no image between, as nothing would ask for it.
     """
     refuse_tools("plain", conversation)
-    segments = _markup(bos)
+    segments = markup(bos)
     for message in conversation.messages:
         if message.role == "assistant":
             if segments and segments[-1].content == "\n":
@@ -172,7 +135,7 @@ def render_plain(conversation: Conversation, /, *, generation_prompt: bool = Fal
                     "chat template 'plain': a second answer with no image before it; this format is for images and "
                     "their captions and leaves questions out; choose a chat format"
                 )
-            segments += [*_content(message), *_markup("\n", message.is_trained)]
+            segments += [*content(message), *markup("\n", message.is_trained)]
         else:
             segments += [Segment(image) for image in message.images]
     return segments
@@ -199,17 +162,14 @@ def refuse_tools(name: str, conversation: Conversation) -> None:
         )
 
 
-def _markup(text: str, loss: bool = False) -> list[Segment]:
-    return [Segment(text, loss, markup=True)] if text else []
-
-
-def _content(message: Message) -> list[Segment]:
+def content(message: Message) -> list[Segment]:
+    """The text and images of a message, trained where the message is."""
     return [
         Segment(part.text, message.is_trained) if isinstance(part, Text) else Segment(part) for part in message.parts
     ]
 
 
-def _stripped(message: Message) -> Message:
+def stripped(message: Message) -> Message:
     """The message less the white space around its whole content, as jinja's `trim` leaves it."""
     parts = list(message.parts)
     for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):

@@ -18,6 +18,7 @@ SPECS = [
     "vision_encoders",
     "projectors",
     "datasets",
+    "system_texts",
 ]
 
 

@@ -47,6 +47,7 @@ NAME_PATTERN = re.compile('[a-z0-9_]+')
     source: str = ''
     bind: Callable[[Any], 'ChatTemplate'] | None = None
     compare: bool = True
+    rewrites_history: bool = False
     for_tokenizer(self, tokenizer: Any) -> 'ChatTemplate'
 @dataclass(frozen=True, slots=True, kw_only=True) VisionInfo()
     hidden_size: int

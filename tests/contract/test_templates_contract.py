@@ -4,6 +4,7 @@ A template that is added, here or by a plugin installed beside mmft, is found th
 """
 
 import pickle
+import re
 from itertools import groupby
 from typing import Any
 
@@ -19,10 +20,21 @@ from mmft.testing import BATTERY, check_chat_template, check_data_map, tiny_toke
 from mmft.types import Conversation, Image, Message, Text, TokenizedSample
 
 PLUGINS = load_plugins()
-CONTROL = (
-    "<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>",
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-)  # fmt: skip
+WRITTEN = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]|### \w+:")  # how formats spell their control tokens
+TALK = Conversation((Message("user", (Image("a.png"), Text("q"))), Message("assistant", (Text("a"),))))
+CONTROL = tuple(
+    sorted(
+        {"<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"}
+        | {
+            token
+            for spec in PLUGINS.chat_templates
+            if spec.name != "auto"
+            for segment in spec.render(TALK)
+            if segment.markup
+            for token in WRITTEN.findall(str(segment.content))
+        }
+    )
+)
 PIECES = ("a", "Hello", " ", "  ", "\n", "\n\n", "你好", "é", "🙂", ":", "USER:", "<image>", "x = 1", *CONTROL)
 
 
@@ -54,8 +66,10 @@ def encoded(
     return tokenize(template.render(conversation, **options), tokenizer)
 
 
-def answers(conversation: Conversation) -> list[int]:
-    return [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
+def answers(conversation: Conversation, template: ChatTemplate) -> list[int]:
+    """The turns that must be trained: all of them, or the last where the format rewrites the others."""
+    turns = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
+    return turns[-1:] if template.rewrites_history else turns
 
 
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=5).map("".join)
@@ -87,7 +101,7 @@ def test_the_tokens_of_a_prompt_are_a_prefix_of_the_training_tokens(
         given_ = suited(bound, conversation)
         whole = encoded(bound, tokenizer, given_)
         assert whole.images == given_.images
-        for k in answers(given_):
+        for k in answers(given_, bound):
             prompt = encoded(bound, tokenizer, Conversation(given_.messages[:k]), generation_prompt=True)
             assert prompt.input_ids.tolist() == whole.input_ids[: len(prompt)].tolist(), bound.name
             assert prompt.loss_mask.tolist() == whole.loss_mask[: len(prompt)].tolist(), bound.name
@@ -121,11 +135,13 @@ def test_every_trained_answer_includes_what_ends_it(template: ChatTemplate, toke
             )
             if trained
         ]
-        assert len(runs) == len(answers(fitting))
-        for run, k in zip(runs, answers(fitting), strict=True):
+        turns = answers(fitting, template)
+        assert len(runs) >= len(turns)
+        for run, k in zip(runs[-len(turns) :], turns, strict=True):
             text = tokenizer.hf.decode(run)
             assert text.endswith(template.stop[0])
-            assert text.removesuffix(template.stop[0]).strip() == fitting.messages[k].text.strip()
+            said = text.removesuffix(template.stop[0]).strip()  # some formats write a mark before the answer
+            assert said.endswith(fitting.messages[k].text.strip()) and len(said) < len(fitting.messages[k].text) + 24
 
 
 def test_a_template_pickles_bound_and_unbound(template: ChatTemplate) -> None:
@@ -145,4 +161,5 @@ def test_a_data_map_accepts_its_examples_unchanged_and_pickles(data_map: DataMap
     check_data_map(data_map)
     assert pickle.loads(pickle.dumps(data_map)).fn is data_map.fn
     assert data_map.summary and data_map.columns
-    assert all(set(record) & set(data_map.columns) for record in data_map.examples)
+    tops = {column.split(".")[0].removesuffix("[]") for column in data_map.columns}
+    assert all(set(record) & tops for record in data_map.examples)

@@ -164,7 +164,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a source's unknown option": (
         lambda tmp: {"data.datasets.0.source.encoding": "latin-1"},
-        r"data\.datasets\.0\.source: data source 'json': .*'encoding'; options: path",
+        r"data\.datasets\.0\.source: data source 'json': .*'encoding'; options: path, field",
     ),
     "a source's file that is not there": (
         lambda tmp: {"data.datasets.0.source.path": str(tmp / "no.json")},

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from mmft.config import Data, Dataset, use
-from mmft.data.dataset import prepare, truncate
+from mmft.data.cut import truncate
+from mmft.data.dataset import prepare
 from mmft.data.store import Drop, TokenStore, drop_summary
 from mmft.data.tokenize import Tokenizer, tokenize
 from mmft.errors import DataError

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmft.errors import DataError
-from mmft.images import MAX_PIXELS, ImageTransform, open_image, pad_to_square
+from mmft.images import MAX_PIXELS, ImageTransform, image_size, open_image, pad_to_square
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -236,3 +236,22 @@ def test_a_very_narrow_picture_is_refused_and_not_blown_up() -> None:
     transform = ImageTransform(resize=224, crop=(224, 224), mean=HALF, std=HALF)
     with pytest.raises(DataError, match=rf"1 x 60000 pixels.*{MAX_PIXELS:,} pixels.*pad_to_square"):
         transform(sliver)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in ("corrupt.png", "truncated.jpg")])
+def test_a_header_is_refused_for_the_reason_the_picture_would_be(tmp_path: Path, name: str) -> None:
+    BAD[name][0](tmp_path / name)
+    with pytest.raises(DataError) as whole:
+        open_image(tmp_path / name)
+    with pytest.raises(DataError) as header:
+        image_size(tmp_path / name)
+    assert str(header.value) == str(whole.value)
+
+
+def test_the_size_comes_from_the_header_alone(tmp_path: Path) -> None:
+    (tmp_path / "wide.png").write_bytes(png_header(300, 200))  # it has no pixels
+    write_truncated_jpeg(tmp_path / "cut.jpg")
+    assert image_size(tmp_path / "wide.png") == (300, 200)
+    assert image_size(tmp_path / "cut.jpg") == photo().size
+    with pytest.raises(DataError, match=r"300 x 200 = 60,000 pixels; at most 59,999 are allowed"):
+        image_size(tmp_path / "wide.png", max_pixels=59_999)

@@ -9,7 +9,17 @@ from rich.text import Text as Styled
 from transformers import AutoTokenizer
 
 from mmft.config import LLM, Data, Dataset, Model, Optim, Runtime, TrainConfig, Vision, use
-from mmft.data.inspect import CONTEXT, PICTURE, TRAINED, describe_sample, show_sample, show_samples
+from mmft.data.inspect import (
+    CONTEXT,
+    PICTURE,
+    TRAINED,
+    View,
+    borders,
+    describe_sample,
+    show_sample,
+    show_samples,
+)
+from mmft.data.inspect_html import MAX_TOKENS, html_page, spans
 from mmft.data.tokenize import Tokenizer, tokenize
 from mmft.plugins import Plugins
 from mmft.types import Image, Segment
@@ -93,3 +103,34 @@ def test_show_samples_shows_each_data_set_with_what_would_be_dropped_and_why(
     assert f"{first} record 2: dropped: image not found: {tmp_path / 'no.png'}" in text
     assert "unseen" not in text
     assert f"{second} record 1: " in text and ", longer than max_length 64" in text
+
+
+def test_what_the_tokens_decode_to_cannot_act_on_the_screen(tokenizer: Tokenizer) -> None:
+    shown = show_sample(tokenize([Segment("a\x1b[31m\x9bb\r"), Segment(Image("x\x1b.png"))], tokenizer), tokenizer)
+    assert shown.plain == "a␛[31m\ufffdb␍[x␛.png: 4 tokens]"
+
+
+@pytest.mark.parametrize(
+    "text", ["What is it? A cat.", "你好，世界。 ✓👩🏽‍🚀 Ünïcödé", "  two\n\n spaces ", "\ufffd\ufffd broken \ufffd"]
+)
+def test_the_spans_of_a_page_join_to_the_text_and_name_each_token_once(tokenizer: Tokenizer, text: str) -> None:
+    sample = tokenize([Segment("<|im_start|>", markup=True), Segment(text), Segment(text, loss=True)], tokenizer)
+    found = list(spans(sample, tokenizer))
+    assert "".join(span.text for span in found) == f"<|im_start|>{text}{text}"
+    assert [int(i) for span in found for i in span.ids.split()] == sample.input_ids.tolist()
+    assert "".join(span.text for span in found if span.kind == "trained") == text
+
+
+def test_a_very_long_sample_is_cut_on_the_page_and_the_page_says_so(tokenizer: Tokenizer) -> None:
+    sample = tokenize([Segment("zq" * MAX_TOKENS)], tokenizer)
+    page = html_page("long", [View("one", (sample,))], tokenizer)
+    assert page.count('<span class="context" title=') <= MAX_TOKENS
+    assert f"{len(sample) - MAX_TOKENS:,} more tokens are not shown" in page
+
+
+def test_the_borders_of_a_packed_row_name_the_tokens_between_them(tokenizer: Tokenizer) -> None:
+    one, two = (tokenize([Segment(text, loss=True)], tokenizer) for text in ("zqzq", "zqz"))
+    assert borders(View("row", (one, two), packed=True)) == [
+        f"── 1 of 2 · tokens 0-{len(one) - 1} · {describe_sample(one)} ──",
+        f"── 2 of 2 · tokens {len(one)}-{len(one) + len(two) - 1} · {describe_sample(two)} ──",
+    ]

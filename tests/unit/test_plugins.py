@@ -131,7 +131,7 @@ def test_the_message_for_an_unknown_name_lists_names_suggests_one_and_notes_the_
     with pytest.raises(UnknownName) as caught:
         load_plugins().chat_templates.get("vicunna")
     first, note = str(caught.value).split("\n")
-    assert first.startswith("no chat template named 'vicunna'; did you mean 'vicuna'?; available: auto, chatml")
+    assert first.startswith("no chat template named 'vicunna'; did you mean 'vicuna'?; available: auto, baichuan")
     assert note.strip() == (
         "note: plugin 'acme' from acme-mmft 0.2.0 failed to load and may offer it: "
         "ModuleNotFoundError: No module named 'acme_core'"

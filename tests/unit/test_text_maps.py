@@ -1,4 +1,4 @@
-"""The data maps: alpaca, messages, agent, pretrain, llava and caption."""
+"""The data maps: alpaca, openai (also messages and agent), pretrain, llava and caption."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,8 @@ import pytest
 from mmft.errors import DataError
 from mmft.types import Conversation, Document, Image, Message, RawRecord, Text, ToolCall
 from mmft_plugins._llava_maps import caption, llava
-from mmft_plugins.agent import agent
 from mmft_plugins.pretrain import pretrain
-from mmft_plugins.text_sft import alpaca, messages
+from mmft_plugins.text_sft import alpaca, openai
 
 
 def said(conversation: Conversation | None) -> list[tuple[str, str]]:
@@ -76,16 +75,16 @@ def test_alpaca_says_what_is_wrong_with_a_record(record: RawRecord, error: str) 
 
 def test_messages_keep_their_order_and_every_system_message() -> None:
     turns = [("system", "A"), ("user", "b"), ("assistant", "c"), ("system", "D"), ("user", "e"), ("assistant", "f")]
-    assert said(messages(talk(*turns))) == turns
+    assert said(openai(talk(*turns))) == turns
 
 
 def test_messages_read_a_developer_as_the_system() -> None:
-    assert said(messages(talk(("developer", "A"), ("user", "b"), ("assistant", "c"))))[0] == ("system", "A")
+    assert said(openai(talk(("developer", "A"), ("user", "b"), ("assistant", "c"))))[0] == ("system", "A")
 
 
 def test_leading_answers_are_dropped_and_system_messages_before_them_kept() -> None:
     turns = [("system", "S"), ("assistant", "Hello"), ("user", "a"), ("assistant", "b")]
-    assert said(messages(talk(*turns))) == [turns[0], *turns[2:]]
+    assert said(openai(talk(*turns))) == [turns[0], *turns[2:]]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_leading_answers_are_dropped_and_system_messages_before_them_kept() -> N
     ],
 )
 def test_messages_without_a_trained_answer_are_dropped(turns: list[Any]) -> None:
-    assert messages(talk(*turns)) is None
+    assert openai(talk(*turns)) is None
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_messages_without_a_trained_answer_are_dropped(turns: list[Any]) -> None
 )  # fmt: skip
 def test_loss_and_weight_switch_the_training_of_a_message(field: dict[str, Any], loss: bool | None) -> None:
     answer = {"role": "assistant", "content": "b", **field}
-    sample = messages(talk(("user", "a"), answer, ("user", "c"), ("assistant", "d")))
+    sample = openai(talk(("user", "a"), answer, ("user", "c"), ("assistant", "d")))
     assert sample is not None and sample.messages[1].loss is loss
 
 
@@ -126,7 +125,7 @@ def test_content_parts_keep_text_and_images_in_their_order() -> None:
         {"type": "image_url", "image_url": "3.png"},
         {"type": "image", "url": "4.png"},
     ]
-    sample = messages(talk(("user", content), ("assistant", "c")))
+    sample = openai(talk(("user", content), ("assistant", "c")))
     assert sample is not None
     assert sample.messages[0].parts == (
         Text("a "), Image("1.png"), Text(" b"), Image("2.png"), Image("3.png"), Image("4.png"),
@@ -142,25 +141,24 @@ def test_content_parts_keep_text_and_images_in_their_order() -> None:
         ({"messages": ["x"]}, r"messages\[0\] must be an object, found str"),
         (talk({"content": "x"}), r"messages\[0\]: 'role' is missing; keys found: 'content'"),
         (talk({"role": "user"}), r"messages\[0\]: 'content' is missing; keys found: 'role'"),
-        (talk(("human", "x")), r"role 'human'; allowed: 'system', 'developer', 'user', 'assistant'$"),
-        (talk(("user", "x"), ("tool", "x")), r"messages\[1\]: role 'tool'; .*use the data map 'agent'"),
+        (
+            talk(("human", "x")),
+            r"role 'human'; allowed: 'system', 'developer', 'user', 'assistant', 'tool', 'function'$",
+        ),
         (talk(("user", 3)), "'content' must be a string or a list of parts, found int"),
         (talk(("user", [{"type": "audio"}])), "a part of type 'audio'; allowed: 'text', 'image', 'image_url'"),
-        (talk(("user", [{"type": "image"}])), "'image' is missing; keys found: 'type'"),
+        (
+            talk(("user", [{"type": "image"}])),
+            "a part of type 'image' without a path, and the record's 'images' has no",
+        ),
         (talk(("user", [{"type": "text", "text": 1}])), "'text' must be a string, found int"),
         (talk({"role": "assistant", "content": "x", "loss": 0.5}), "'loss' must be true, false, 1 or 0, found 0.5"),
         (talk({"role": "assistant", "content": "x", "weight": [1]}), "'weight' must be true, false, 1 or 0"),
-        (talk({"role": "assistant", "content": "", "tool_calls": [{}]}), "'tool_calls', .*use the data map 'agent'"),
-        (
-            talk({"role": "assistant", "content": "", "function_call": {"name": "f"}}),
-            "'function_call' is OpenAI's form",
-        ),
-        ({**talk(("user", "x")), "tools": [{"name": "f"}]}, "the record has 'tools', .*use the data map 'agent'"),
     ],
 )
 def test_messages_say_what_is_wrong_with_a_record(record: RawRecord, error: str) -> None:
     with pytest.raises(DataError, match=error):
-        messages(record)
+        openai(record)
 
 
 # agent
@@ -175,7 +173,7 @@ def calling(*calls: Any, content: str | None = None) -> dict[str, Any]:
 
 def test_agent_reads_calls_with_arguments_as_string_or_object_and_several_at_once() -> None:
     bare = {"name": "g", "arguments": {"b": 2}}
-    sample = agent({**calling(CALL, bare, {"function": {"name": "h", "arguments": ""}}), "tools": [SCHEMA]})
+    sample = openai({**calling(CALL, bare, {"function": {"name": "h", "arguments": ""}}), "tools": [SCHEMA]})
     assert sample is not None
     assert sample.messages[1].tool_calls == (
         ToolCall("f", {"a": [1, "x"]}), ToolCall("g", {"b": 2}), ToolCall("h", {}),
@@ -183,25 +181,32 @@ def test_agent_reads_calls_with_arguments_as_string_or_object_and_several_at_onc
 
 
 def test_agent_keeps_text_beside_calls() -> None:
-    sample = agent(calling(CALL, content="I look."))
+    sample = openai(calling(CALL, content="I look."))
     assert sample is not None
     assert sample.messages[1].text == "I look." and len(sample.messages[1].tool_calls) == 1
 
 
 @pytest.mark.parametrize("tools", [[SCHEMA], [{"type": "function", "function": SCHEMA}], None])
 def test_agent_reads_tools_wrapped_or_bare(tools: Any) -> None:
-    sample = agent({**calling(CALL), "tools": tools})
+    sample = openai({**calling(CALL), "tools": tools})
     assert sample is not None
     assert sample.tools == (({"type": "function", "function": SCHEMA},) if tools else ())
 
 
 def test_agent_reads_tools_written_as_a_json_string() -> None:
-    sample = agent({**calling(CALL), "tools": '[{"name": "f"}]'})
+    sample = openai({**calling(CALL), "tools": '[{"name": "f"}]'})
     assert sample is not None and sample.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
+def test_the_form_of_calls_before_2023_11_is_read_too() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    sample = openai(talk(("user", "q"), call, ("function", "out"), ("assistant", "r")))
+    assert sample is not None
+    assert sample.messages[1].tool_calls == (ToolCall("f", {}),) and sample.messages[2].role == "tool"
+
+
 def test_a_call_alone_is_an_answer_and_tool_output_is_never_a_target() -> None:
-    sample = agent(calling(CALL))
+    sample = openai(calling(CALL))
     assert sample is not None
     assert [message.is_trained for message in sample.messages] == [False, True, False]
 
@@ -221,7 +226,7 @@ def test_a_call_alone_is_an_answer_and_tool_output_is_never_a_target() -> None:
 )
 def test_agent_says_what_is_wrong_with_a_record(record: RawRecord, error: str) -> None:
     with pytest.raises(DataError, match=error):
-        agent(record)
+        openai(record)
 
 
 # pretrain

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mmft.config import Data, Dataset, use
+from mmft.data import digest
 from mmft.data.dataset import prepare
 from mmft.data.store import TokenStore
 from mmft.data.tokenize import Tokenizer
@@ -240,3 +241,42 @@ def test_a_picture_for_a_text_model_is_dropped_with_the_reason(case: Case, image
     seeing(case, tiny_llm_path, "sub/cat.png", images)
     case.tokenizer = Tokenizer.for_model(AutoTokenizer.from_pretrained(tiny_llm_path))
     assert [drop.reason for drop in case.prepare().drops] == ["has an image, but the model has no vision encoder"]
+
+
+def test_a_file_that_has_settled_is_hashed_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = case.folder / "a.json"
+    monkeypatch.setattr(digest, "SETTLED", -1.0)
+    notes = case.folder / "notes.json"
+    hashes = digest.FileHashes(notes)
+    first = hashes.of(file)
+    hashes.save()
+    again = digest.FileHashes(notes)
+    again.known[str(file.resolve())][-1] = "noted"
+    assert again.of(file) == "noted" != first
+    file.write_text("[{}]", "utf-8")
+    assert again.of(file) not in ("noted", first)
+
+
+def test_a_file_written_just_now_is_not_noted(case: Case) -> None:
+    """It may change again within the same tick of the clock, with as many bytes."""
+    hashes = digest.FileHashes(case.folder / "notes.json")
+    hashes.of(case.folder / "a.json")
+    hashes.save()
+    assert not (case.folder / "notes.json").exists()
+
+
+def test_damaged_notes_cost_a_hash_and_nothing_else(case: Case) -> None:
+    (case.folder / "notes.json").write_text("{", "utf-8")
+    assert len(digest.FileHashes(case.folder / "notes.json").of(case.folder / "a.json")) == 64
+
+
+def test_each_sample_knows_its_file_and_record(case: Case) -> None:
+    other = case.folder / "b.json"
+    other.write_text(json.dumps([{"x": 1}, {"a": "z"}]), "utf-8")
+    one = case.data.datasets[0].model_dump()
+    second = {**one, "source": use("json", path=str(other))}
+    case.change(datasets=[one, second], max_bad_fraction=1.0)
+    store = case.prepare()
+    origins = [(store[item].source, store[item].record) for item in range(3)]  # type: ignore[attr-defined]
+    first = str(case.folder / "a.json")
+    assert origins == [(first, 1), (first, 2), (str(other), 2)]

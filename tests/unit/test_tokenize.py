@@ -201,3 +201,27 @@ def test_a_document_cannot_forge_its_end(hf: Any) -> None:
     tokenizer = Tokenizer(hf)
     sample = tokenize(document_segments(Document(f"one{END}two"), tokenizer), tokenizer)
     assert sample.input_ids.tolist().count(tokenizer.eos_id) == 1
+
+
+@given(texts=st.lists(st.text(max_size=30) | st.sampled_from([START, f"a{END}b", "betw een"]), max_size=6))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("as_data", [False, True])
+def test_ids_are_those_of_transformers_own_call(shared: Tokenizer, as_data: bool, texts: list[str]) -> None:
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    expected = [
+        shared.hf(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"] if text else []
+        for text in texts
+    ]
+    assert [ids.tolist() for ids in shared.encode(texts, as_data=as_data)] == expected
+    assert shared.hf.backend_tokenizer.encode_special_tokens is False or not texts or as_data
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_not_applied(hf: Any) -> None:
+    hf.backend_tokenizer.enable_truncation(2)
+    hf.backend_tokenizer.enable_padding(length=50)
+    assert 2 < len(Tokenizer(hf).encode(["The quick brown fox"])[0]) < 50
+
+
+def test_half_a_character_is_named_with_its_code_and_place(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"lone surrogate U\+D83D at character 3: 'ab\\ud83dcd'"):
+        tokenize([Segment("ab\ud83dcd")], tokenizer)
