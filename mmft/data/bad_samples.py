@@ -32,7 +32,12 @@ class BadSamples:
         self.seen += len(batch["input_ids"]) if positions is None else int((positions == 0).sum())
         if bad:
             self._tell(bad)
-        if self.seen >= SEEN_BEFORE_JUDGING and self.bad > self.max_bad_fraction * self.seen:
+        if self.seen >= SEEN_BEFORE_JUDGING:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise `DataError` when more than `max_bad_fraction` of the samples were bad; asked at the end too."""
+        if self.bad > self.max_bad_fraction * self.seen:
             raise DataError(
                 f"{self.bad:,} of {self.seen:,} samples had an image that cannot be read; at most "
                 f"{self.max_bad_fraction:.1%} is allowed (data.max_bad_fraction); they are listed in {self.path}; "

@@ -46,7 +46,7 @@ def looks_like(record: RawRecord, plugins: Plugins) -> list[tuple[DataMap, str]]
 def looks_like_all(records: Iterable[RawRecord], plugins: Plugins) -> list[tuple[DataMap, str]]:
     """As `looks_like`, for the first records of a file together: a map counts where one of them has its columns.
 
-    Best is what reads most of the records; then what adds no text of its own (a system text), what names most columns,
+    Best is what keeps most images, then what reads most of the records; then what adds no text of its own (a system text), what names most columns,
     what keeps most of the text. A map that is offered under several names comes first under that of its function.
     """
     probed = list(islice(records, PROBED))
@@ -65,7 +65,8 @@ def _rank(data_map: DataMap, records: Sequence[RawRecord]) -> tuple[Any, ...]:
     kept = sum(_size(sample) for _, sample in samples)
     whole = sum(isinstance(sample, Document) for _, sample in samples)  # a conversation says more than its text alone
     eponymous = getattr(data_map.fn, "__name__", "") == data_map.name
-    return -len(samples), added > 0, whole, -len(data_map.columns), -kept, not eponymous, data_map.name
+    images = sum(0 if isinstance(sample, Document) else len(sample.images) for _, sample in samples)
+    return -images, -len(samples), added > 0, whole, -len(data_map.columns), -kept, not eponymous, data_map.name
 
 
 def _tried(data_map: DataMap, record: RawRecord) -> Sample | None:

@@ -88,6 +88,7 @@ def train(
     try:
         with interrupt.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.bad_samples.judge()
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("mmft.errors.DataError: ")) from error
     if interrupt.received is not None:

@@ -14,4 +14,4 @@ from mmft_plugins.text_sft import messages_map
 @hookimpl
 def mmft_data_maps() -> list[DataMap]:
     """Tool use."""
-    return [messages_map(name="agent", summary="the same as openai, its name before 0.2"), MOSS, MSAGENT]
+    return [messages_map(name="agent", summary="the same as openai"), MOSS, MSAGENT]

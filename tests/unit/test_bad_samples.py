@@ -215,7 +215,7 @@ def test_a_run_goes_on_past_a_broken_picture_and_lists_it(
         model=Model(llm=LLM(path=str(tiny_llm_path)), vision=vision),
         data=Data(
             datasets=(Dataset(source=source, data_map="llava", image_folder=folder.folder),),
-            chat_template="chatml", max_length=256, num_workers=workers,
+            chat_template="chatml", max_length=256, num_workers=workers, max_bad_fraction=0.5,
         ),
         optim=Optim(lr=1e-3, max_steps=2),
         runtime=Runtime(output_dir=folder.folder / "run", device="cpu", precision="fp32", logging_steps=1),

@@ -35,6 +35,7 @@ config = TrainConfig(
             ),
         ),
         chat_template="chatml",
+        allow_template_difference=True,  # SmolLM2's own adds a system text of 30 tokens to every question
         max_length=512,  # tokens, image tokens included (16 a picture)
     ),
     # -- 4. Scheduler & optimizer --------------------------------------------------------------
