@@ -7,7 +7,7 @@ import click
 from mmft.cli.shared import CONFIG, SET, loaded_config, loaded_plugins
 
 PATH = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.group()

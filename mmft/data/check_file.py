@@ -84,8 +84,10 @@ def is_data_file(reference: str) -> bool:
 def check_file(path: Path, plugins: Plugins, options: FileOptions, progress: Progress) -> CheckReport:
     """Read every record of a file through its map and report.
 
-    Raises `DataError` where the file is missing, empty, or of no known format.
+    Raises `DataError` where the file is missing, empty, or of no known format, or the image folder is not there.
     """
+    if options.image_folder and not options.image_folder.is_dir():
+        raise DataError(f"--image-folder: {options.image_folder} is not a folder; give where the image paths start")
     dataset, recognised = _as_dataset(path, plugins, options)
     lengths = _token_lengths(options, plugins) if options.llm else None
     seen = _read(dataset, plugins, lengths, progress)

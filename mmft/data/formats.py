@@ -46,8 +46,9 @@ def looks_like(record: RawRecord, plugins: Plugins) -> list[tuple[DataMap, str]]
 def looks_like_all(records: Iterable[RawRecord], plugins: Plugins) -> list[tuple[DataMap, str]]:
     """As `looks_like`, for the first records of a file together: a map counts where one of them has its columns.
 
-    Best is what keeps most images, then what reads most of the records; then what adds no text of its own (a system text), what names most columns,
-    what keeps most of the text. A map that is offered under several names comes first under that of its function.
+    Best is what keeps most images, then what reads most of the records; then what adds no text of its own (a system
+    text), what names most columns, what keeps most of the text. A map that is offered under several names comes first
+    under that of its function.
     """
     probed = list(islice(records, PROBED))
     found = []

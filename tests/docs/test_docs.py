@@ -190,6 +190,17 @@ def test_life_of_a_sample_prints_what_the_page_shows() -> None:
     assert outcome.attempted > 30
 
 
+@pytest.mark.parametrize("name", ["data.md", "data.zh-CN.md"])
+def test_the_walk_through_the_data_prints_what_the_page_shows(name: str) -> None:
+    outcome = doctest.testfile(str(ROOT / "docs" / name), module_relative=False, encoding="utf-8")
+    assert (outcome.failed, outcome.attempted > 20) == (0, True)
+
+
+def test_both_pages_about_data_have_the_same_commands_and_sessions() -> None:
+    english, chinese = ROOT / "docs" / "data.md", ROOT / "docs" / "data.zh-CN.md"
+    assert all(blocks(english, language) == blocks(chinese, language) for language in ("bash", "python", ""))
+
+
 Run = Callable[..., tuple[object, str, str]]
 
 
