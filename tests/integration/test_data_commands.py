@@ -162,6 +162,13 @@ def test_a_file_is_recognised_and_checked_without_a_model(mmft: Mmft) -> None:
     assert Path("work_dirs/check/llava/report.html").is_file()
 
 
+def test_an_image_folder_that_is_not_there_is_named(mmft: Mmft) -> None:
+    write(Path("llava.json"), [qa("A.")])
+    result = mmft("check", "llava.json", "--image-folder", "nowhere")
+    assert result.exit_code != 0
+    assert "--image-folder: nowhere is not a folder" in f"{result.output}{result.exception}"
+
+
 def test_a_files_missing_images_are_a_failure(mmft: Mmft) -> None:
     write(Path("llava.json"), [qa("A.", "<image>\nWhat?", image="no.png"), *(qa(f"{k}") for k in range(300))])
     result = mmft("check", "llava.json", "--data-map", "llava", "--image-folder", "pictures")
