@@ -6,11 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmft.data.collate import BAD_SAMPLES
+from mmft.data.collate import BAD_SAMPLES, UNREADABLE
 from mmft.data.store import Drop
 from mmft.errors import DataError
 
 SEEN_BEFORE_JUDGING = 100  # samples; of fewer, one bad one would be too large a share
+
+
+def drop_from(line: str) -> Drop:
+    """A line of dropped.jsonl."""
+    return Drop(**json.loads(line))
+
+
+def found_while_training(drop: Drop) -> bool:
+    """Whether a line of dropped.jsonl is from training and not from preparing the data."""
+    return drop.reason.startswith(UNREADABLE)
 
 
 class BadSamples:
@@ -19,7 +29,8 @@ class BadSamples:
     def __init__(self, path: Path, max_bad_fraction: float) -> None:
         self.path, self.max_bad_fraction = path, max_bad_fraction
         self.seen = self.bad = 0
-        self.listed: set[tuple[str, int]] = set()
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []  # a resumed run goes on with its list
+        self.listed = {(drop.source, drop.record) for drop in map(drop_from, lines) if found_while_training(drop)}
         self.last: Drop | None = None
 
     def take(self, batch: MutableMapping[str, Any]) -> None:

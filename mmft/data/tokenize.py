@@ -32,12 +32,15 @@ class Tokenizer:
     hf: Any
     tokens_per_image: int = 0
     image_id: int | None = None
+    writes_bos: bool = field(init=False, repr=False, compare=False)  # the tokenizer puts BOS before a text by itself
     _special: re.Pattern[str] = field(init=False, repr=False, compare=False)
     _firsts: tuple[str, ...] = field(init=False, repr=False, compare=False)
     _beginnings: frozenset[str] = field(init=False, repr=False, compare=False)
     _edge: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # asked once, here: transformers' call sets flags of the Rust tokenizer, and later the encoding thread sets them
+        object.__setattr__(self, "writes_bos", bool(self.hf.bos_token and self.hf("")["input_ids"]))
         added = self.hf.added_tokens_decoder.values()
         spellings = sorted({str(token) for token in added if token.special}, key=len, reverse=True)
         pattern = "|".join(map(re.escape, spellings)) or r"(?!)"
@@ -234,5 +237,5 @@ def _refuse_surrogates(text: str) -> None:
 def document_segments(document: Document, tokenizer: Tokenizer) -> list[Segment]:
     """A document for incremental pretraining: every token a target, BOS before it and EOS after it where they exist."""
     bos, eos = tokenizer.hf.bos_token, tokenizer.hf.eos_token
-    markup = [Segment(bos, loss=True, markup=True)] if bos and tokenizer.hf("")["input_ids"] else []
+    markup = [Segment(bos, loss=True, markup=True)] if tokenizer.writes_bos else []
     return [*markup, Segment(document.text, loss=True), *([Segment(eos, loss=True, markup=True)] if eos else [])]

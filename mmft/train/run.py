@@ -14,6 +14,7 @@ from transformers import PrinterCallback, set_seed
 from mmft.config import TrainConfig
 from mmft.config.check import check_config
 from mmft.config.load import dump_config
+from mmft.data.bad_samples import drop_from, found_while_training
 from mmft.data.collate import Collator
 from mmft.data.dataset import prepare
 from mmft.data.feed import Account, StreamFeed, read_state
@@ -74,7 +75,7 @@ def train(
         store = open_stream(config, plugins, shape, checkpoint)
     else:
         store = prepare(config.data, plugins, shape.tokenizer, cache, log.info, seed=config.runtime.seed)
-        write_drops(folder / "dropped.jsonl", store)
+        write_drops(folder / "dropped.jsonl", store, going_on=checkpoint is not None)
     log.info("%s", store.summary())
     built = build_model(
         config.model, plugins, info=shape.vision, image_id=shape.tokenizer.image_id, dtype=dtype, device=device,
@@ -88,7 +89,8 @@ def train(
     try:
         with interrupt.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.bad_samples.judge()
+        if interrupt.received is None:
+            trainer.bad_samples.judge()
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("mmft.errors.DataError: ")) from error
     if interrupt.received is not None:
@@ -264,10 +266,13 @@ def start_log(path: Path) -> None:
     log.propagate = False
 
 
-def write_drops(path: Path, store: TokenStore) -> None:
-    """One line a record that is not trained as it was given."""
+def write_drops(path: Path, store: TokenStore, *, going_on: bool = False) -> None:
+    """One line a record that is not trained as it was given; a resumed run keeps what was found while training."""
+    lines = path.read_text("utf-8").splitlines() if going_on and path.is_file() else []
+    kept = [line for line in lines if found_while_training(drop_from(line))]
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a reason may quote half a character
         file.writelines(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in store.drops)
+        file.writelines(f"{line}\n" for line in kept)
 
 
 def log_table(rows: list[tuple[str, ...]]) -> None:

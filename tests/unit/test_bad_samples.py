@@ -226,3 +226,32 @@ def test_a_run_goes_on_past_a_broken_picture_and_lists_it(
     metrics = [json.loads(line) for line in (folder.folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert len(losses) == 2 and 0.0 in losses and max(losses) > 0
+
+
+def test_a_resumed_run_keeps_the_pictures_it_found_broken_and_lists_none_twice(
+    folder: Folder, tiny_llm_path: Path, tiny_clip_path: Path
+) -> None:
+    from mmft.config import LLM, Model, Optim, Runtime, TrainConfig, Vision
+    from mmft.config.load import override
+    from mmft.train.run import train
+
+    (folder.folder / "a.json").write_text(json.dumps([qa("yes", "good.png"), qa("no", "cut.png")]), "utf-8")
+    vision = Vision(encoder=use("clip", path=str(tiny_clip_path)), projector=use("linear"))
+    source = use("json", path=str(folder.folder / "a.json"))
+    run = folder.folder / "run"
+    config = TrainConfig(
+        model=Model(llm=LLM(path=str(tiny_llm_path)), vision=vision),
+        data=Data(
+            datasets=(Dataset(source=source, data_map="llava", image_folder=folder.folder),),
+            chat_template="chatml", max_length=256, max_bad_fraction=0.6,
+        ),
+        optim=Optim(lr=1e-3, epochs=2),
+        runtime=Runtime(output_dir=run, device="cpu", precision="fp32", save_steps=2, save_total_limit=3),
+    )  # fmt: skip
+    assert train(config, folder.plugins) == 0
+    listed = (run / "dropped.jsonl").read_text("utf-8")
+    assert len(listed.splitlines()) == 1 and "cut.png" in listed
+    assert train(override(config, {}), folder.plugins, resume=run / "checkpoint-2") == 0  # the second epoch, again
+    assert (run / "dropped.jsonl").read_text("utf-8") == listed
+    assert train(config, folder.plugins, resume=run / "checkpoint-4") == 0  # nothing is left to train
+    assert (run / "dropped.jsonl").read_text("utf-8") == listed

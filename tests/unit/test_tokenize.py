@@ -225,3 +225,10 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_not_applied(hf: Any) -> 
 def test_half_a_character_is_named_with_its_code_and_place(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"lone surrogate U\+D83D at character 3: 'ab\\ud83dcd'"):
         tokenize([Segment("ab\ud83dcd")], tokenizer)
+
+
+def test_rendering_a_document_leaves_the_rust_tokenizer_to_the_thread_that_encodes(hf: Any) -> None:
+    tokenizer = Tokenizer(with_bos(hf))
+    hf.backend_tokenizer.encode_special_tokens = True  # as the encoding thread sets it for text that is data
+    document_segments(Document("one"), tokenizer)
+    assert hf.backend_tokenizer.encode_special_tokens  # transformers' own call would have reset it
