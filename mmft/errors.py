@@ -26,6 +26,10 @@ class CheckpointError(MmftError):
     """A checkpoint or model folder is incomplete, damaged, or belongs to another config."""
 
 
+class TrainingError(MmftError):
+    """A run cannot go on: a number that is not finite, or a part that is to be trained and learns nothing."""
+
+
 class PluginError(MmftError):
     """A plugin offers something that is not what the hook asks for."""
 

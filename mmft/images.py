@@ -65,22 +65,25 @@ def _opened(source: str | Path, max_pixels: int) -> Iterator[PILImage.Image]:
         folder = status is not None and S_ISDIR(status.st_mode)
         raise DataError(f"{path}: " + ("is a folder, not an image" if folder else "no such image file"))
     if status.st_size == 0:
-        raise DataError(f"{path}: is empty (0 bytes), not an image")
+        raise DataError(f"{path}: is empty (0 bytes), not an image; copy or download it again")
     PILImage.init()  # once a process: registers the formats; AVIF is not in every build of Pillow
     try:
         with PILImage.open(path, formats=[name for name in FORMATS if name in PILImage.OPEN]) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise DataError(
-                    f"{path}: {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are allowed"
-                )
+                counted = f"{width} x {height} = {width * height:,}"
+                raise DataError(f"{path}: {counted} pixels; at most {max_pixels:,} are allowed: make it smaller")
             yield image
     except DataError:
         raise
+    except PILImage.DecompressionBombError as error:  # Pillow's own limit, twice ours, met before ours can be
+        large = f"more than {2 * MAX_PIXELS:,} pixels; at most {max_pixels:,} are allowed: make it smaller"
+        raise DataError(f"{path}: {large}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image; allowed are {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more
-        raise DataError(f"{path}: damaged or refused image: {type(error).__name__}: {error}") from error
+        remedy = "" if isinstance(error, ValueError) else "; copy or download it again"
+        raise DataError(f"{path}: damaged or refused image: {type(error).__name__}: {error}{remedy}") from error
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:

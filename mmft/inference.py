@@ -17,7 +17,10 @@ from torch import Tensor
 from mmft.data.shape import Shape, describe_model
 from mmft.data.tokenize import tokenize
 from mmft.errors import CheckpointError, DataError, MmftError
+from mmft.generation import Generation as Generation
+from mmft.generation import Writer, cut_at
 from mmft.images import open_image
+from mmft.memory import Memory, Usage
 from mmft.modeling.build import build_model
 from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
 from mmft.modeling.llava import LlavaModel
@@ -26,27 +29,6 @@ from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Image, Message, Text, TokenizedSample
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """How answers are drawn. Greedy unless the temperature says otherwise; `seed` makes sampling repeatable."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 50
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """As transformers' `generate` wants them."""
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        if self.repetition_penalty != 1.0:
-            options["repetition_penalty"] = self.repetition_penalty
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return options
 
 
 @dataclass(frozen=True)
@@ -62,6 +44,13 @@ class Assistant:
         """Whether it takes pictures."""
         return self.shape.vision is not None
 
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer that the language model has positions for; None where it does not say."""
+        config = self.model.causal_lm.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None)
+        return int(positions) if positions else None
+
     def prompt(self, conversation: Conversation) -> TokenizedSample:
         """The ids that end where the answer begins. Raises `DataError` for pictures a text model is given."""
         return tokenize(self.template.render(conversation, generation_prompt=True), self.shape.tokenizer)
@@ -70,16 +59,24 @@ class Assistant:
         """The whole answer to a conversation that ends in a question."""
         return "".join(self.stream(conversation, generation))
 
-    def stream(self, conversation: Conversation, generation: Generation | None = None) -> Iterator[str]:
-        """The answer in pieces, as it is written. Closing the iterator stops the model at its next token."""
-        prompt = self.prompt(conversation)
+    def stream(
+        self, conversation: Conversation, generation: Generation | None = None, memory: Memory | None = None
+    ) -> Iterator[str]:
+        """The answer in pieces, as it is written. Closing the iterator stops the model at its next token.
+
+        With a `memory`, what its last prompt and this one share is not run again; its `usage` tells of this answer.
+        """
+        prompt, generation, memory = self.prompt(conversation), generation or Generation(), memory or Memory()
         pieces: Queue[str | BaseException | None] = Queue()
-        stop = Event()
-        streamer = _Streamer(self.shape.tokenizer.hf, self._stop_ids(), pieces)
+        cancel = Event()
+        stop = (*self.template.stop, *generation.stop)
+        writer = Writer(self.shape.tokenizer.hf, self._stop_ids(), stop, pieces.put, cancel)
 
         def work() -> None:
             try:
-                self._generate([prompt], generation or Generation(), streamer=streamer, stop=stop)
+                if self.model.device.type == "cuda":  # a new thread begins with number 0
+                    torch.cuda.set_device(self.model.device)
+                self._write(prompt, generation, memory, writer)
                 pieces.put(None)
             except BaseException as error:  # handed over to the thread that reads
                 pieces.put(error)
@@ -92,19 +89,32 @@ class Assistant:
                     raise piece
                 yield piece
         finally:
-            stop.set()
+            cancel.set()
             thread.join()
+
+    def _write(self, prompt: TokenizedSample, generation: Generation, memory: Memory, writer: Writer) -> None:
+        """Run what is new of a prompt and write its answer."""
+        recall = memory.begin(self.model, self.shape.vision, prompt)
+        ids = torch.from_numpy(prompt.input_ids.astype("int64"))[None]
+        generated = self.model.generate(
+            ids, image_features=recall.features, past_key_values=recall.cache, stopping_criteria=[writer],
+            **self._options(generation),
+        )  # fmt: skip
+        writer.end()
+        memory.keep(recall, generated[0].tolist())
+        memory.usage = Usage(len(prompt), recall.reused, generated.shape[1], writer.finish)
 
     def answer_batch(self, conversations: Sequence[Conversation], generation: Generation | None = None) -> list[str]:
         """The answers to several conversations at once, prompts padded on the left."""
         prompts = [self.prompt(conversation) for conversation in conversations]
         generated = self._generate(prompts, generation or Generation())
-        return [self._text(ids) for ids in generated.tolist()]
+        stop = (*self.template.stop, *(generation.stop if generation else ()))
+        return [cut_at(self._text(ids), stop).strip() for ids in generated.tolist()]
 
     def _text(self, ids: list[int]) -> str:
         stops = set(self._stop_ids())
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        return str(self.shape.tokenizer.hf.decode(ids[:end], skip_special_tokens=True)).strip()
+        return str(self.shape.tokenizer.hf.decode(ids[:end], skip_special_tokens=True))
 
     def _stop_ids(self) -> list[int]:
         """eos and the template's stop strings that are one token; longer ones go to `stop_strings`."""
@@ -115,13 +125,11 @@ class Assistant:
     def _ids_of(self, text: str) -> list[int]:
         return [int(token) for token in self.shape.tokenizer.encode([text])[0]]
 
-    def _generate(self, prompts: Sequence[TokenizedSample], generation: Generation, **extra: Any) -> Tensor:
+    def _generate(self, prompts: Sequence[TokenizedSample], generation: Generation) -> Tensor:
         """int64[B, new]: one call into the model for some prompts."""
-        hf = self.shape.tokenizer.hf
-        stop_ids = self._stop_ids()
-        pad = hf.pad_token_id if hf.pad_token_id is not None else stop_ids[0]
+        options = self._options(generation)
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        ids = torch.full((len(prompts), width), options["pad_token_id"], dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.from_numpy(prompt.input_ids.astype("int64"))
@@ -131,17 +139,17 @@ class Assistant:
             raise DataError("the model has no vision encoder and takes no pictures")
         transform = self.shape.vision.transform if self.shape.vision else None
         pixels = torch.stack([transform(image) for image in images]) if images and transform else None
-        stop_strings = [text for text in self.template.stop if len(self._ids_of(text)) != 1]
-        if stop_strings:
-            extra |= {"stop_strings": stop_strings, "tokenizer": hf}
-        if (stop := extra.pop("stop", None)) is not None:
-            extra["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), stop.is_set(), device=ids.device)]
+        if stop := [text for text in (*self.template.stop, *generation.stop) if len(self._ids_of(text)) != 1]:
+            options |= {"stop_strings": stop, "tokenizer": self.shape.tokenizer.hf}
+        return self.model.generate(ids, attention_mask=mask, pixel_values=pixels, **options)
+
+    def _options(self, generation: Generation) -> dict[str, Any]:
+        """Of transformers' `generate`; the random numbers are seeded here."""
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
-        return self.model.generate(
-            ids, attention_mask=mask, pixel_values=pixels, eos_token_id=stop_ids, pad_token_id=pad,
-            **generation.options(), **extra,
-        )  # fmt: skip
+        stop_ids, pad = self._stop_ids(), self.shape.tokenizer.hf.pad_token_id
+        pad = pad if pad is not None else next(iter(stop_ids), 0)
+        return {"eos_token_id": stop_ids or None, "pad_token_id": pad, **generation.options()}
 
 
 def user_message(text: str, images: Sequence[str | Path] = ()) -> Message:
@@ -162,33 +170,6 @@ def user_message(text: str, images: Sequence[str | Path] = ()) -> Message:
         parts.pop()
         text = "\n" + text
     return Message("user", (*parts, Text(text)))
-
-
-class _Streamer:
-    """transformers' streamer protocol: whole characters to a queue, control tokens left out."""
-
-    def __init__(self, hf: Any, stop_ids: Sequence[int], pieces: "Queue[str | BaseException | None]") -> None:
-        self._hf, self._stop, self._pieces = hf, set(stop_ids), pieces
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def put(self, value: Tensor) -> None:
-        """Take the newest token; `generate` also sends the (empty) prompt once."""
-        self._ids += [token for token in value.flatten().tolist() if token not in self._stop]
-        text = self._hf.decode(self._ids, skip_special_tokens=True)
-        if text.endswith("\ufffd"):  # the middle of a character
-            return
-        self._send(text)
-
-    def end(self) -> None:
-        """Send what a broken character held back."""
-        self._send(self._hf.decode(self._ids, skip_special_tokens=True))
-
-    def _send(self, text: str) -> None:
-        text = text.lstrip()  # a template may let the answer begin with the space after its prompt
-        if len(text) > self._shown:
-            self._pieces.put(text[self._shown :])
-            self._shown = len(text)
 
 
 def load_assistant(
@@ -222,7 +203,11 @@ def load_assistant(
     except MmftError as error:
         raise type(error)(f"{folder}: {error}") from error
     template = plugins.chat_templates.get(chat_template or manifest.chat_template)
-    return Assistant(built.eval(), shape, template.for_tokenizer(shape.tokenizer.hf))
+    try:
+        bound = template.for_tokenizer(shape.tokenizer.hf)
+    except MmftError as error:  # a base model, trained on documents
+        raise type(error)(f"{folder}: {error}; for chat: --prompt-template NAME") from error
+    return Assistant(built.eval(), shape, bound)
 
 
 def find_model(reference: str | None, work_dirs: Path = Path("work_dirs")) -> Path:

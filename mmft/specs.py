@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mmft.types import Conversation, RawRecord, Sample, Segment
+from mmft.types import BadRecord, Conversation, RawRecord, Sample, Segment
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -125,14 +125,17 @@ class DatasetSpec:
 
     `files(**options)` names what it reads, so that a cached token store notices a change and a missing file is
     reported before anything is read. `load_from(start, **options)` yields what `load` yields after the first `start`
-    records, without reading those: looking at one record and resuming a stream need it.
+    records, without reading those: looking at one record and resuming a stream need it. A record that cannot be read,
+    while those after it can, is yielded as a `BadRecord`. `suffixes` are the file names it is the usual source for, in
+    lower case with the dot: `mmft data check FILE` looks there.
     """
 
     name: str
-    load: Callable[..., Iterable[RawRecord]]
+    load: Callable[..., Iterable[RawRecord | BadRecord]]
     files: Callable[..., Sequence[Path]] | None = None
-    load_from: Callable[..., Iterable[RawRecord]] | None = None
+    load_from: Callable[..., Iterable[RawRecord | BadRecord]] | None = None
     summary: str = ""
+    suffixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

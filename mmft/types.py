@@ -27,6 +27,16 @@ RawRecord: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Yielded by a source in the place of a record it cannot read, while it can read on: the record is dropped.
+
+    `reason` says where in the file, what was found and what is allowed; it is counted and listed as any other drop.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """A piece of text inside a message."""
 
@@ -42,23 +52,28 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call the assistant makes: the tool's name and its arguments as an object."""
+    """A call the assistant makes: the tool's name, its arguments as an object, and what its result refers to it by."""
 
     name: str
     arguments: Mapping[str, Any]
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn: meaning without format. Images keep their place between the pieces of text.
 
-    `loss=None` means what the role implies: an assistant turn is trained, every other is not.
+    `loss=None` means what the role implies: an assistant turn is trained, every other is not. `call_id` is the id of
+    the call that a tool's output answers. `reasoning` is what an assistant thought before its answer; a chat template
+    without a form for it leaves it out.
     """
 
     role: Role
     parts: tuple[Text | Image, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     loss: bool | None = None
+    call_id: str | None = None
+    reasoning: str | None = None
 
     @property
     def text(self) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mmft.chat.session import ChatSession, answer
 from mmft.errors import MmftError
 from mmft.inference import Assistant, Generation, user_message
+from mmft.memory import Memory
 from mmft.types import Message
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ FOCUS = "() => matchMedia('(hover: hover)').matches && document.querySelector('#
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and what came of it: an answer, perhaps stopped early, or an error; before it begins, neither."""
+    """A question and what came of it: an answer, perhaps stopped early, or an error; before it begins, neither.
+
+    `notice` is what the visitor should know of it: that the oldest turns no longer fit.
+    """
 
     text: str
     images: tuple[str, ...] = ()
     answer: str | None = None
     error: str | None = None
+    notice: str | None = None
 
 
 def serve(assistant: Assistant, *, host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None:
@@ -113,6 +118,7 @@ def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
     pictures = {"sources": ["upload"], "file_types": ["image"], "file_count": "multiple"} if assistant.sees else {}
     hint = "Ask something, with pictures if you like" if assistant.sees else "Ask something"
     one_at_a_time = Lock()  # beside the queue: a stopped answer may still be finishing its token
+    memory = Memory()  # of whoever asked last
 
     def accept(given: Any, turns: tuple[Turn, ...]) -> tuple[Any, ...]:
         """Show the question at once, before it waits its turn, and close the box."""
@@ -127,7 +133,7 @@ def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
         if asked is None:
             yield gr.skip(), gr.skip()
             return
-        with one_at_a_time, closing(answered(assistant, generation, asked, turns)) as states:
+        with one_at_a_time, closing(answered(assistant, generation, asked, turns, memory)) as states:
             for turn in states:
                 yield (*turns, turn), shown((*turns, turn))
 
@@ -157,14 +163,20 @@ def build_page(assistant: Assistant, generation: Generation) -> "gradio.Blocks":
 
 
 def answered(
-    assistant: Assistant, generation: Generation, asked: Turn, turns: Sequence[Turn]
+    assistant: Assistant,
+    generation: Generation,
+    asked: Turn,
+    turns: Sequence[Turn],
+    memory: Memory | None = None,
 ) -> Generator[Turn, None, None]:
     """The turn while its answer grows; one that ends in an error says it and leaves nothing to the turns after it."""
-    session = ChatSession(assistant, generation, history=history(turns))
+    notices: list[str] = []
+    session = ChatSession(assistant, generation, history=history(turns), memory=memory, notify=notices.append)
     text = ""
     yield asked
     try:
         with closing(session.ask(asked.text, asked.images)) as pieces:
+            asked = replace(asked, notice="; ".join(notices) or None)
             for piece in pieces:
                 text += piece
                 yield replace(asked, answer=text)
@@ -192,7 +204,8 @@ def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
         if turn.error is not None:
             messages.append({"role": "assistant", "content": [_text(f"⚠ not answered: {turn.error}")]})
         elif turn.answer is not None:
-            messages.append({"role": "assistant", "content": [_text(turn.answer)]})
+            notice = [_text(f"({turn.notice})")] if turn.notice else []
+            messages.append({"role": "assistant", "content": [*notice, _text(turn.answer)]})
     return messages
 
 

@@ -1,5 +1,6 @@
 """The command line. Each command parses and calls one function; heavy imports happen inside, so help is quick."""
 
+import errno
 import logging
 import os
 import sys
@@ -7,7 +8,7 @@ import warnings
 
 import click
 
-from mmft.cli import data, data_files, runs, talk
+from mmft.cli import convert, convert_xtuner, data, data_files, machine, runs, talk
 from mmft.cli.shared import loaded_plugins
 
 
@@ -54,6 +55,11 @@ def main() -> None:
             raise
         click.echo(f"mmft: error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        click.echo(f"mmft: error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -63,7 +69,19 @@ def _quiet() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # plain lines in a log file
     # bitsandbytes misses an optional inference kernel of the hub; peft uses a name that transformers renames
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # DeepSpeed, where it is installed, says on standard output that there is no GPU, whoever imports it
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # what DeepSpeed, FSDP and peft call under its old name, at every step and from every process
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=f".*{name}. is deprecated", category=FutureWarning)
+    # ten lines about five attempts before the one that says what is wrong
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_attempt)
+
+
+def _is_no_attempt(record: logging.LogRecord) -> bool:
+    told = record.getMessage()
+    return "thrown while requesting" not in told and not told.startswith("Retrying in")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,7 +95,9 @@ def cli(plugin: tuple[str, ...]) -> None:
     """
 
 
-for _command in (*runs.COMMANDS, data.data, *talk.COMMANDS):
+for _command in (*runs.COMMANDS, data.data, *talk.COMMANDS, *machine.COMMANDS, convert.convert):
     cli.add_command(_command)
+for _command in convert_xtuner.COMMANDS:
+    convert.convert.add_command(_command)
 for _command in data_files.COMMANDS:
     data.data.add_command(_command)

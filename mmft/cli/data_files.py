@@ -3,34 +3,69 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mmft.cli.shared import loaded_plugins, print_rows
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+FILES = click.Path(path_type=Path)  # a file, a folder or a glob
 SHOWN = 10  # dropped records that are listed
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that reads data without a config: `source`, `source_option`, `extract_to`."""
+    for option in (
+        click.option("--extract-to", type=click.Path(path_type=Path, file_okay=False),
+                     help="FILE: folder for the pictures inside parquet files and WebDataset shards."),
+        click.option("--source-option", multiple=True, metavar="KEY=VALUE",
+                     help="FILE: an option of its data source, such as delimiter=; or field=data."),
+        click.option("--source", help="FILE: read it with this data source instead of the one of its suffix."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def options_of(source_option: tuple[str, ...], extract_to: Path | None) -> dict[str, Any]:
+    """The options of a data source; a value is JSON, or the text itself where it is none."""
+    import json
+
+    found: dict[str, Any] = {} if extract_to is None else {"extract_to": str(extract_to)}
+    for one in source_option:
+        key, equals, text = one.partition("=")
+        if not equals:
+            raise click.UsageError(f"--source-option {one}: has no '='; write: --source-option delimiter=;")
+        try:
+            found[key.strip()] = json.loads(text)
+        except ValueError:
+            found[key.strip()] = text
+    return found
 
 
 @click.command("formats")
 @click.argument("name", required=False)
-@click.option("--file", type=FILE, help="Say which format this file is in.")
-def data_formats(name: str | None, file: Path | None) -> None:
+@click.option("--file", type=FILES, help="Say which format this file, folder or glob is in.")
+@source_options
+def data_formats(
+    name: str | None, file: Path | None, source: str | None, source_option: tuple[str, ...], extract_to: Path | None
+) -> None:
     """List the data formats; with NAME show an example of one, with --file say which a file is in."""
     import json
 
-    from mmft.data.formats import formats_rows, looks_like_all, read_file
-    from mmft.errors import DataError
+    from mmft.data.formats import added_text, formats_rows, recognise, source_use
 
+    if name is not None and file is not None:
+        raise click.UsageError(f"give {name} or --file, not both; to read a file as {name}: "
+                               f"mmft data check {file} --data-map {name}")  # fmt: skip
+    options = options_of(source_option, extract_to)
+    if file is None and (source or options):
+        raise click.UsageError("--source, --source-option and --extract-to need --file")
     plugins = loaded_plugins()
     if file is not None:
-        fitting = looks_like_all(read_file(file, plugins), plugins)
-        if not fitting:
-            first = next(iter(read_file(file, plugins)), {})
-            keys = ", ".join(map(repr, first)) or "none"
-            raise DataError(f"{file}: in no known format; keys of the first record: {keys}")
-        (best, reason), *others = fitting
+        ((best, reason), *others), probed = recognise(source_use(file, plugins, source, options), plugins)
         click.echo(f"{file}: {best.name}: {reason}")
+        _say_added(best.name, added_text(best, probed))
         if others:
             click.echo(f"also possible: {', '.join(data_map.name for data_map, _ in others)}")
     elif name is not None:
@@ -79,18 +114,36 @@ def data_replace(paths: tuple[Path, ...], old: str, new: str, in_keys: bool) -> 
 
 
 @click.command("convert")
-@click.argument("source", metavar="IN", type=FILE)
+@click.argument("file", metavar="IN", type=FILES)
 @click.argument("target", metavar="OUT", type=FILE)
 @click.option("--from", "origin", default="", metavar="FORMAT", help="The format of IN; found out where not given.")
 @click.option("--to", required=True, metavar="FORMAT", help="The format of OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
-def data_convert(source: Path, target: Path, origin: str, to: str, overwrite: bool) -> None:
-    """Write the records of a file in another format, to JSON or JSON lines."""
+@click.option("--max-bad-fraction", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+              help="Where more records than this cannot be converted, OUT is not written.")  # fmt: skip
+@source_options
+def data_convert(
+    file: Path,
+    target: Path,
+    origin: str,
+    to: str,
+    overwrite: bool,
+    max_bad_fraction: float,
+    source: str | None,
+    source_option: tuple[str, ...],
+    extract_to: Path | None,
+) -> None:
+    """Write the records of a file, a folder or a glob in another format, to JSON or JSON lines."""
+    from mmft.data.formats import source_use
     from mmft.data.rewrite import convert
 
     _may_write(target, overwrite)
+    plugins = loaded_plugins()
+    reading = source_use(file, plugins, source, options_of(source_option, extract_to))
     with _bar("converting") as report:
-        done = convert(source, target, loaded_plugins(), to=to, origin=origin, report=report)
+        done = convert(
+            reading, target, plugins, to=to, origin=origin, max_bad_fraction=max_bad_fraction, report=report
+        )  # fmt: skip
     mended = f", {done.repairs:,} of them mended" if done.repairs else ""
     dropped = f"; dropped {len(done.drops):,}:" if done.drops else ""
     click.echo(f"{target}: {done.written:,} records from {done.source} to {done.target}{mended}{dropped}")
@@ -98,6 +151,12 @@ def data_convert(source: Path, target: Path, origin: str, to: str, overwrite: bo
         click.echo(f"  record {number:,}: {reason}")
     if len(done.drops) > SHOWN:
         click.echo(f"  and {len(done.drops) - SHOWN:,} more")
+    _say_added(done.source, done.adds)
+
+
+def _say_added(data_map: str, text: str) -> None:
+    if text:
+        click.echo(f"{data_map} adds the system text {text!r} to records that have none")
 
 
 def _may_write(target: Path, overwrite: bool) -> None:

@@ -1,5 +1,7 @@
 """Commands about a trained model: chat, web, eval."""
 
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,64 +12,85 @@ from mmft.cli.shared import loaded_plugins, print_rows
 if TYPE_CHECKING:
     from mmft.inference import Assistant
 
+Decorator = Callable[[Any], Any]
+FILE = click.Path(path_type=Path)
 MODEL = click.argument("model", required=False)
-BITS = click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Load the language model in so many bits.")
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
-LLM_PATH = click.option("--llm", help="Where the base language model is now, if it moved.")
-TEMPLATE = click.option("--prompt-template", help="Another chat template than the one it was trained with.")
 
 
-def _assistant(
-    model: str | None, device: str, bits: str | None = None, llm: str | None = None, template: str | None = None
-) -> "Assistant":
-    from mmft.inference import find_model, load_assistant
-    from mmft.modeling.llm import choose_device
+def _options(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in this order in the help."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
-    folder = find_model(model)
-    click.echo(f"model: {folder}", err=True)
-    quantization = {"4": "nf4", "8": "int8", "16": "none", None: None}[bits]
-    return load_assistant(
-        folder,
-        loaded_plugins(),
-        device=choose_device(device),
-        quantization=quantization,
-        llm=llm,
-        chat_template=template,
-    )
+
+MODEL_OPTIONS = _options(
+    click.option("--adapter", metavar="FOLDER", help="A PEFT adapter on MODEL, or on the base that it names."),
+    click.option("--llm", help="The base language model: where it is now, or that of a model of parts."),
+    click.option("--vision-encoder", help="Of a model of parts: --llm, --vision-encoder and --projector."),
+    click.option("--projector", metavar="PATH", help="Its weights, or a model folder of mmft that has one."),
+    click.option("--select-layer", type=int, help="The encoder's hidden state, for a model of parts."),
+    click.option("--prompt-template", help="Another chat template than the model's own."),
+    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Compute in this."),
+    click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Load the language model in so many bits."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+)
+SAMPLING_OPTIONS = _options(
+    click.option("--max-new-tokens", default=512, show_default=True),
+    click.option("--temperature", default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", default=1.0, show_default=True),
+    click.option("--top-k", default=50, show_default=True),
+    click.option("--repetition-penalty", default=1.0, show_default=True),
+    click.option("--seed", type=int, help="The same seed gives the same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End an answer here too; may be repeated."),
+)
+
+
+def _assistant(options: dict[str, Any]) -> "Assistant":
+    """Load what the model options name, and take those out of the options."""
+    from dataclasses import fields
+
+    from mmft.chat.loading import ModelChoice, load_choice
+
+    choice = ModelChoice(**{field.name: options.pop(field.name) for field in fields(ModelChoice)})
+    name, assistant = load_choice(choice, loaded_plugins())
+    click.echo(f"model: {name}", err=True)
+    return assistant
+
+
+def _generation(options: dict[str, Any]) -> Any:
+    """The sampling options, taken out of the options and checked before a model is loaded."""
+    from mmft.generation import Generation
+
+    return Generation(**{name: options.pop(name) for name in Generation.__dataclass_fields__})
+
+
+def _system(system: str | None, name: str | None) -> str | None:
+    """The system text, in full or by its name."""
+    if system and name:
+        raise click.UsageError("--system and --system-template both give a system text; drop one of them")
+    return loaded_plugins().system_texts.get(name).text if name else system
 
 
 @click.command()
 @MODEL
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="A picture; may be repeated.")
-@click.option("-m", "--message", help="Ask this, print the answer, and end.")
+@click.option("--image", "images", multiple=True, type=FILE, help="A picture; may be repeated.")
+@click.option("-m", "--message", help="Ask this, print the answer, and end; - reads the question from stdin.")
 @click.option("--system", help="System text.")
-@click.option("--max-new-tokens", default=512, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--top-k", default=50, show_default=True)
-@click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int)
-@BITS
-@DEVICE
-@LLM_PATH
-@TEMPLATE
-def chat(
-    model: str | None,
-    images: tuple[Path, ...],
-    message: str | None,
-    system: str | None,
-    bits: str | None,
-    device: str,
-    llm: str | None,
-    prompt_template: str | None,
-    **generation: Any,
-) -> int:
-    """Talk to a model: a run, its final/ folder, a checkpoint, or by default the newest finished run."""
-    from mmft.chat.terminal import run_terminal
-    from mmft.inference import Generation
+@click.option("--system-template", help="System text by name; mmft plugins lists them.")
+@click.option("--multiline", is_flag=True, help="A question ends with an empty line instead of Enter.")
+@click.option("--json", "as_json", is_flag=True, help="Each answer as a line of JSON, with its numbers of tokens.")
+@click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and answer, below the model's own limit.")
+@MODEL_OPTIONS
+@SAMPLING_OPTIONS
+def chat(system: str | None, system_template: str | None, **options: Any) -> int:
+    """Talk to a model, by default the newest finished run.
 
-    assistant = _assistant(model, device, bits, llm, prompt_template)
-    return run_terminal(assistant, Generation(**generation), images=images, message=message, system=system)
+    MODEL is a run, its final/ folder, a checkpoint, a PEFT adapter, or a text or LLaVA model of transformers by folder
+    or name. A pipe's lines are questions. Only answers go to stdout; the exit code is 2 if a question had none.
+    """
+    from mmft.chat.terminal import run_terminal
+
+    generation, text = _generation(options), _system(system, system_template)
+    return run_terminal(_assistant(options), generation, system=text, **options)
 
 
 @click.command()
@@ -75,54 +98,31 @@ def chat(
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=7860, show_default=True)
 @click.option("--share", is_flag=True, help="Also through a public gradio address.")
-@BITS
-@DEVICE
-@LLM_PATH
-@TEMPLATE
-def web(
-    model: str | None,
-    host: str,
-    port: int,
-    share: bool,
-    bits: str | None,
-    device: str,
-    llm: str | None,
-    prompt_template: str | None,
-) -> None:
+@MODEL_OPTIONS
+def web(**options: Any) -> None:
     """Open a chat page with pictures on this machine."""
     from mmft.chat.web import serve
 
-    serve(_assistant(model, device, bits, llm, prompt_template), host=host, port=port, share=share)
+    serve(_assistant(options), **options)
 
 
 @click.command("eval")
 @click.argument("model")
-@click.argument("questions", type=click.Path(path_type=Path))
+@click.argument("questions", type=FILE)
 @click.option("--data-map", default="llava", show_default=True)
-@click.option("--image-folder", type=click.Path(path_type=Path))
-@click.option("--training", type=click.Path(path_type=Path), help="Training file, for the most-frequent-answer line.")
-@click.option("--training-image-folder", type=click.Path(path_type=Path))
+@click.option("--image-folder", type=FILE)
+@click.option("--training", type=FILE, help="Training file, for the most-frequent-answer line.")
+@click.option("--training-image-folder", type=FILE)
 @click.option("--limit", type=int, help="A fixed random choice of so many questions.")
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--ask-first", help="Open each conversation with this, answered by the model itself.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write eval.json and answers.jsonl into this folder.")
-@BITS
-@DEVICE
-@LLM_PATH
-@TEMPLATE
-def evaluate(
-    model: str,
-    bits: str | None,
-    device: str,
-    llm: str | None,
-    prompt_template: str | None,
-    out: Path | None,
-    **options: Any,
-) -> None:
+@click.option("--out", type=FILE, help="Write eval.json and answers.jsonl into this folder.")
+@MODEL_OPTIONS
+def evaluate(out: Path | None, **options: Any) -> None:
     """Exact-match accuracy on the questions of a file, each asked on its own."""
     from mmft.evaluate.exact_match import evaluate_files, write_result
 
-    result = evaluate_files(_assistant(model, device, bits, llm, prompt_template), loaded_plugins(), **options)
+    result = evaluate_files(_assistant(options), loaded_plugins(), **options)
     print_rows(result.table())
     if out:
         write_result(result, out)

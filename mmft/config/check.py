@@ -7,6 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmft.config.check_engine import engine_problems
+from mmft.config.check_evaluation import evaluation_problems
+from mmft.config.check_methods import method_problems
 from mmft.config.check_streaming import streaming_problems
 from mmft.config.schema import LLM, Dataset, TrainConfig, Use, Vision
 from mmft.errors import ConfigError, MmftError, Problem, did_you_mean
@@ -27,14 +30,36 @@ def find_problems(config: TrainConfig, plugins: Plugins) -> Iterator[Problem]:
     yield from _llm_problems(config.model.llm)
     if config.model.vision:
         yield from _vision_problems(config, config.model.vision, plugins)
+    yield from _data_problems(config, plugins)
+    yield from evaluation_problems(config)
+    yield from _training_problems(config)
+    yield from method_problems(config)
+    yield from _runtime_problems(config)
+    yield from engine_problems(config, plugins)
+    yield from plugins.call("mmft_check_config", config=config, plugins=plugins)
+
+
+def check_data(config: TrainConfig, plugins: Plugins) -> None:
+    """As `check_config`, but only the data and what it needs of the model: the tokenizer and the size of a picture.
+
+    For the commands that look at data, which a run may not be ready for yet.
+    """
+    problems = list(model_path_problems("model.llm.path", config.model.llm.path))
+    if config.model.vision:
+        problems += _picture_problems(config, config.model.vision, plugins)
+    problems += (found for found in _data_problems(config, plugins) if found.where.startswith("data"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _data_problems(config: TrainConfig, plugins: Plugins) -> Iterator[Problem]:
     yield from _name_problems("data.chat_template", plugins.chat_templates, config.data.chat_template)
     for index, dataset in enumerate(config.data.datasets):
         yield from _dataset_problems(f"data.datasets.{index}", dataset, plugins)
+    for index, dataset in enumerate(config.data.validation):
+        yield from _dataset_problems(f"data.validation.{index}", dataset, plugins)
     yield from _mixing_problems(config)
     yield from streaming_problems(config)
-    yield from _training_problems(config)
-    yield from _runtime_problems(config)
-    yield from plugins.call("mmft_check_config", config=config, plugins=plugins)
 
 
 def _llm_problems(llm: LLM) -> Iterator[Problem]:
@@ -70,7 +95,8 @@ def model_path_problems(where: str, path: str) -> Iterator[Problem]:
         yield Problem(where, f"{path} does not exist", "give a folder saved by save_pretrained, or a hub id")
 
 
-def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
+def _picture_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
+    """What decides how many tokens a picture has."""
     encoder = yield from _use_problems(
         "model.vision.encoder", plugins.vision_encoders, vision.encoder, lambda spec: spec.build, ()
     )
@@ -79,6 +105,10 @@ def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> I
     )
     if encoder:
         yield from _describe_problems(config, vision, encoder, projector)
+
+
+def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
+    yield from _picture_problems(config, vision, plugins)
     if vision.projector_weights and not vision.projector_weights.exists():
         yield Problem(
             "model.vision.projector_weights",

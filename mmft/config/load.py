@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mmft import __version__
+from mmft.config.foreign import refuse_xtuner_config
 from mmft.config.schema import TrainConfig, Use
 from mmft.errors import AmbiguousName, ConfigError, Problem, UnknownName, did_you_mean
 from mmft.plugins import Plugins
@@ -264,6 +265,7 @@ def _read_json(path: Path) -> TrainConfig:
 
 def _run_python(path: Path) -> TrainConfig:
     """Execute a config file and take its `config`; what it got wrong is reported with file and line."""
+    refuse_xtuner_config(path)
     name = f"mmft_user_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec and spec.loader

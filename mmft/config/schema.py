@@ -20,6 +20,16 @@ from pydantic import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Schedule = Literal[  # names of transformers' SchedulerType
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 class Part(BaseModel):
@@ -60,7 +70,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def use(name: str, **options: Any) -> Use:
+def use(name: str, /, **options: Any) -> Use:
     """Choose what a plugin offers under a name: `use("clip", path="openai/clip-vit-large-patch14-336")`."""
     return Use(name=name, options=options)
 
@@ -69,26 +79,31 @@ class Lora(Part):
     """Low-rank adapters (https://arxiv.org/abs/2106.09685), built by peft.
 
     `targets="all-linear"` means every linear layer of the part it is given to, except the output head (QLoRA,
-    https://arxiv.org/abs/2305.14314, section 4); a tuple names layers by their last name.
+    https://arxiv.org/abs/2305.14314, section 4); a tuple names layers by their last name; any other string is a regular
+    expression that the whole name of a layer must match, such as `.*layers\\.\\d+\\.self_attn\\.[qv]_proj`.
     """
 
     r: PositiveInt = 64
     alpha: PositiveFloat = 16.0
     dropout: Share = 0.05
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...] = "all-linear"
+    dora: bool = False  # magnitude and direction apart (https://arxiv.org/abs/2402.09353)
+    rslora: bool = False  # scale by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
 
 
 class LLM(Part):
     """The language model. Frozen unless `trainable` (every weight) or `lora` (the adapter) says otherwise."""
 
     path: str
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     lora: Lora | None = None
     adapter: Path | None = None  # start from this PEFT adapter (an earlier run's `llm_adapter` folder)
     trainable: bool = False
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
+    new_tokens: tuple[str, ...] = ()  # each becomes one token of its own, in data too; starts at the mean embedding
 
 
 class Vision(Part):
@@ -108,6 +123,7 @@ class Model(Part):
 
     llm: LLM
     vision: Vision | None = None
+    hub: Literal["huggingface", "modelscope"] = "huggingface"  # where names of models are looked up
 
 
 class Dataset(Part):
@@ -127,6 +143,8 @@ class Data(Part):
     """Part 3: what is trained on."""
 
     datasets: tuple[Dataset, ...] = Field(min_length=1)
+    validation: tuple[Dataset, ...] = ()  # what runtime.evaluation measures the loss of; never trained on
+    validation_share: Share = 0.0  # instead: this share of each dataset's records is held out
     chat_template: str = "auto"
     allow_template_difference: bool = False  # train although the template's ids are not those of the model's own
     max_length: PositiveInt  # tokens, image tokens included
@@ -141,7 +159,10 @@ class Data(Part):
 
 
 class Optim(Part):
-    """Part 4: how it is trained. AdamW, warm-up over `warmup_ratio` of the steps, then cosine to 0 (LLaVA-1.5)."""
+    """Part 4: how it is trained. AdamW, warm-up over `warmup_ratio` of the steps, then cosine to 0 (LLaVA-1.5).
+
+    What a part has no value of its own for, it takes from the general one (`projector_lr` from `lr`).
+    """
 
     lr: PositiveFloat
     projector_lr: PositiveFloat | None = None
@@ -149,8 +170,14 @@ class Optim(Part):
     optimizer: str = "adamw_torch"  # a name of transformers' OptimizerNames, e.g. paged_adamw_8bit
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
+    projector_weight_decay: NonNegativeFloat | None = None
+    vision_weight_decay: NonNegativeFloat | None = None
     max_grad_norm: NonNegativeFloat = 1.0
     warmup_ratio: Share = 0.03
+    schedule: Schedule = "cosine"
+    min_lr_ratio: Share | None = None  # of each rate, at the end; for the schedules that have a floor
+    decay_ratio: Share | None = None  # share of the steps that the fall of warmup_stable_decay takes
+    neftune_alpha: PositiveFloat | None = None  # noise on word embeddings (https://arxiv.org/abs/2310.05914)
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # optimizer steps; ends the run before its epochs do
     batch_size_per_device: PositiveInt = 1
@@ -164,6 +191,15 @@ class Prompt(Part):
     images: tuple[Path, ...] = ()
 
 
+class Evaluation(Part):
+    """How often the loss of the validation data is measured, and what follows from it."""
+
+    steps: PositiveInt = 500  # it is measured at the last step in any case
+    keep_best: bool = True  # a new best is saved at once, and save_total_limit never deletes it
+    final: Literal["last", "best"] = "last"  # whose weights final/ holds
+    patience: PositiveInt | None = None  # stop after so many evaluations in a row without a new best
+
+
 class Runtime(Part):
     """Part 5: where it runs and what it leaves behind."""
 
@@ -173,9 +209,13 @@ class Runtime(Part):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     gradient_checkpointing: bool = False
+    deepspeed: str | None = None  # zero1, zero2, zero2_offload, zero3, zero3_offload, or a DeepSpeed JSON file
+    sequence_parallel: PositiveInt = 1  # processes that share each row, for long contexts
+    fsdp: bool = False  # FSDP2: every rank holds a share of all weights, gradients and optimizer state
     save_steps: PositiveInt = 500
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 10
+    evaluation: Evaluation | None = None
     sample_steps: PositiveInt | None = None
     samples: tuple[Prompt, ...] = ()
     report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()

@@ -9,24 +9,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from mmft.config import Data, TrainConfig
+from mmft.config.check import check_data
 from mmft.data.check_report import CheckReport, Outcome, count_outcomes
 from mmft.data.dataset import TOO_LONG, prepare
 from mmft.data.headers import ImageReport, check_images, reason_kind
-from mmft.data.measure import Duplicates, duplicates, hash_samples, histogram
+from mmft.data.image_paths import NOT_FOUND
+from mmft.data.measure import Duplicates, duplicates, hash_records, histogram
 from mmft.data.pack import PackedStore
-from mmft.data.records import NOT_FOUND
+from mmft.data.records import bound_template, is_unbound
+from mmft.data.sampler import describe_steps, make_sampler
 from mmft.data.shape import describe_model
-from mmft.data.store import DROPPED, REPLACED, Drop, TokenStore
+from mmft.data.store import DROPPED, REPLACED, TokenStore
 from mmft.data.tokenize import Tokenizer
 from mmft.data.visible import one_line
 from mmft.errors import DataError
 from mmft.plugins import Plugins
 
 NOTHING = "nothing to train"
+LENGTHS = "tokens, pictures included, of each record before it is cut or dropped"
 
 
 def bars() -> Progress:
@@ -41,8 +46,9 @@ def check_config_data(
 ) -> CheckReport:
     """Prepare the data of a config, open its images, and report.
 
-    Raises `DataError` only where nothing can be said, such as a source file that is not there.
+    Raises `ConfigError` for a wrong config, and `DataError` only where nothing can be said.
     """
+    check_data(config, plugins)
     data = config.data
     shape = describe_model(config.model, plugins)
     cache = config.runtime.cache_dir or config.runtime.output_dir.parent / ".cache"
@@ -62,7 +68,7 @@ def check_config_data(
         problems.append(
             f"{sum(o.count for o in bad_images):,} images cannot be read; see bad_images.jsonl and dropped.jsonl"
         )
-    facts = [*_record_facts(store, data), *_token_facts(store, shape.tokenizer, data)]
+    facts = [*_record_facts(store, data), *_token_facts(store, shape.tokenizer, config)]
     if paths or missing:
         facts += image_facts(images, len(paths))
     facts.append(("template", f"{data.chat_template}: {said}"))
@@ -70,7 +76,7 @@ def check_config_data(
         subject=f"data of {config.runtime.output_dir.name}",
         facts=tuple(facts),
         outcomes=count_outcomes(store.drops),
-        lengths=histogram(np.diff(store.offsets), "tokens, pictures included"),
+        lengths=histogram(record_lengths(store), LENGTHS),
         images=images,
         bad_images=bad_images,
         proof=proof,
@@ -115,7 +121,9 @@ def prove(data: Data, plugins: Plugins, tokenizer: Tokenizer) -> tuple[tuple[str
     """The differences between the template and the model's own, and one sentence about them."""
     from mmft.data.proof import prove_template
 
-    template = plugins.chat_templates.get(data.chat_template)
+    template = bound_template(data.chat_template, plugins, tokenizer)
+    if is_unbound(template):
+        return (), "this model has none, and documents need none"
     found = tuple(map(str, prove_template(template, tokenizer)))
     if found:
         return found, "differs from the model's own"
@@ -128,9 +136,10 @@ def prove(data: Data, plugins: Plugins, tokenizer: Tokenizer) -> tuple[tuple[str
 def _bad_share(store: TokenStore, data: Data, images: ImageReport) -> list[str]:
     dropped = sum(drop.action in (DROPPED, REPLACED) for drop in store.drops)
     bad = images.bad
-    blind = sum(any(str(path) in bad for path in store.images[i]) for i in range(len(store.images))) if bad else 0
-    if blind == len(store.offsets) - 1:
+    unseen = [any(str(path) in bad for path in store.images[i]) for i in range(len(store.images))] if bad else []
+    if sum(unseen) == len(store.offsets) - 1:
         return ["nothing is left to train on"]
+    blind = int(np.add.reduceat(unseen, store.first_of_record).astype(bool).sum()) if bad else 0
     share = (dropped + blind) / max(1, store.num_records)
     if share <= data.max_bad_fraction:
         return []
@@ -139,36 +148,44 @@ def _bad_share(store: TokenStore, data: Data, images: ImageReport) -> list[str]:
 
 
 def _record_facts(store: TokenStore, data: Data) -> Iterator[tuple[str, str]]:
-    kept = len(store.offsets) - 1
-    yield "records", f"{store.num_records:,} in {len(data.datasets)} dataset(s), {kept:,} kept"
-    if len(store) != kept:
+    kept, samples = len(store.first_of_record), len(store.offsets) - 1
+    pieces = f" as {samples:,} samples" if samples != kept else ""
+    yield "records", f"{store.num_records:,} in {len(data.datasets)} dataset(s), {kept:,} kept{pieces}"
+    if len(store) != samples:
         yield "an epoch", f"{len(store):,} samples, by the datasets' repeat and weight"
     yield "not trained", share_of(sum(d.reason.startswith(NOTHING) for d in store.drops), store.num_records)
-    long = [drop for drop in store.drops if drop.reason.startswith(TOO_LONG)]
-    if long:
-        actions = ", ".join(f"{outcome.count:,} {outcome.action}" for outcome in count_outcomes(long))
-        longest = max((length_in(drop) for drop in long), default=0)
-        value = f"{actions} (data.too_long={data.too_long!r}); the longest has {longest:,} tokens"
-    else:
-        value = "0 records"
-    yield f"longer than {data.max_length:,}", value
+    lengths = record_lengths(store)
+    long = int((lengths > data.max_length).sum())
+    what = f" (data.too_long={data.too_long!r}); the longest has {int(lengths.max()):,} tokens" if long else ""
+    yield f"longer than {data.max_length:,}", f"{share_of(long, store.num_records)} of the records{what}"
 
 
-def _token_facts(store: TokenStore, tokenizer: Tokenizer, data: Data) -> Iterator[tuple[str, str]]:
-    total, trained = int(store.offsets[-1]), int(store.loss.sum())
-    yield "tokens", f"{total:,}, trained {share_of(trained, total)}"
-    found = duplicates(hash_samples(store))
+def record_lengths(store: TokenStore) -> NDArray[np.int64]:
+    """int64[R]: the tokens of each record, pictures included, as it is before anything is cut or dropped."""
+    lengths = np.diff(store.offsets) if store.record_lengths is None else store.record_lengths
+    return np.asarray(lengths, np.int64)
 
-    def text(item: int) -> str:
+
+def _token_facts(store: TokenStore, tokenizer: Tokenizer, config: TrainConfig) -> Iterator[tuple[str, str]]:
+    data, total, first = config.data, int(store.offsets[-1]), store.first_of_record
+    yield "tokens", f"{total:,} kept, trained {share_of(int(store.targets.sum()), total)}"
+    found = duplicates(hash_records(store))
+
+    def text(record_item: int) -> str:
+        item = int(first[record_item])
         start = int(store.offsets[item])
         ids = store.ids[start : min(start + 200, int(store.offsets[item + 1]))].tolist()
         said = str(tokenizer.hf.decode([i for i in ids if i != tokenizer.image_id]))
         source, record = store.origins.of(item) if store.origins else ("", 0)
         return f"{source} record {record:,}: {said}" if record else said
 
-    yield "duplicates", describe_duplicates(found, len(store.offsets) - 1, text)
-    if data.packing and len(store):
-        yield "packing", PackedStore.of(store, data.max_length).summary()
+    yield "duplicates", describe_duplicates(found, len(first), text)
+    if not len(store):
+        return
+    dataset = PackedStore.of(store, data.max_length) if data.packing else store
+    if isinstance(dataset, PackedStore):
+        yield "packing", dataset.summary()
+    yield "a step", describe_steps(make_sampler(config, dataset), config.optim.batch_size_per_device)
 
 
 def describe_duplicates(found: Duplicates, number: int, text: Callable[[int], str]) -> str:
@@ -199,9 +216,3 @@ def image_facts(images: ImageReport, uses: int) -> Iterator[tuple[str, str]]:
 def share_of(count: int, total: int) -> str:
     """`3 (1.5 %)`."""
     return f"{count:,} ({count / max(1, total):.1%})"
-
-
-def length_in(drop: Drop) -> int:
-    """The tokens of a record that is too long, from its reason (`longer than 64 tokens: 70`); 0 where it tells none."""
-    number = drop.reason.rpartition(": ")[2].split(" ")[0].replace(",", "")
-    return int(number) if number.isdigit() else 0

@@ -13,7 +13,7 @@ from rich.text import Text as Styled
 
 from mmft.data.headers import ImageReport
 from mmft.data.measure import Histogram
-from mmft.data.store import Drop
+from mmft.data.store import Drop, reason_kind
 from mmft.data.visible import one_line, visible
 
 BAR = 40  # characters of the longest bar
@@ -54,11 +54,25 @@ def count_outcomes(drops: Iterable[Drop]) -> tuple[Outcome, ...]:
     """Drops by action and kind of reason, the most frequent first. Details follow a colon, the kind stands before."""
     counts: dict[tuple[str, str], tuple[int, str]] = {}
     for drop in drops:
-        key = drop.action, drop.reason.partition(": ")[0]
+        key = drop.action, heading(drop.reason)
         count, first = counts.get(key, (0, str(drop)))
         counts[key] = count + 1, first
     listed = [Outcome(action, reason, count, first) for (action, reason), (count, first) in counts.items()]
     return tuple(sorted(listed, key=lambda o: (o.action, -o.count)))
+
+
+def heading(reason: str) -> str:
+    """The kind of a reason as a sentence that is complete: a clause that only leads to the details is left out.
+
+    `'a' is missing; keys found: 'b'` is `'a' is missing`, and `not JSON (Expecting value: line 1)` is `not JSON`.
+    """
+    kind = reason_kind(reason)
+    if kind == reason:
+        return kind
+    opened = kind.rfind("(")
+    if opened > 0 and ")" not in kind[opened:]:
+        kind = kind[:opened].rstrip()
+    return kind.rpartition("; ")[0] or kind
 
 
 def terminal_lines(report: CheckReport) -> Iterator[Styled]:

@@ -21,6 +21,8 @@ from mmft.types import IGNORE_INDEX, Batch, Image, PackedSample, TokenizedSample
 
 Layout = Literal["flat", "padded"]
 BAD_SAMPLES = "bad_samples"  # the key of a batch under which a list of `Drop` says what could not be read
+ORIGINS = "origins"  # the key under which (source, record, length) says where each sample of a batch is from
+DATASET_IDS = "dataset_ids"  # int64[B, T]: which dataset each token is from, for the loss of each
 REPLACEMENTS_TRIED = 64  # draws until a shorter sample is found; then the sample is dropped instead
 UNREADABLE = "image cannot be read"
 
@@ -29,7 +31,11 @@ class FeatureReader(Protocol):
     """Where cached features of images come from: float[N, P, Dv] for N images."""
 
     def read(self, images: Sequence[Image]) -> Tensor:
-        """The features of some images, in their order."""
+        """The features of some images, in their order; zeros for an image that could not be read."""
+        ...
+
+    def check(self, images: Sequence[Image]) -> None:
+        """Raise `DataError` for an image that could not be read."""
         ...
 
 
@@ -48,6 +54,8 @@ class Collator:
     on_bad_sample: Literal["error", "drop", "replace"] = "error"
     store: TokenStore | None = None
     seed: int = 0
+    tells_origins: bool = False  # under `ORIGINS`; the trainer takes it out
+    datasets: tuple[str, ...] = ()  # sources, where each token's dataset is to be told under `DATASET_IDS`
 
     def __call__(self, items: Sequence[TokenizedSample | PackedSample]) -> Batch:
         """The batch of some samples.
@@ -57,7 +65,7 @@ class Collator:
         samples = [s for item in items for s in (item.samples if isinstance(item, PackedSample) else (item,))]
         bad: list[Drop] = []
         pictures: list[Tensor] = []
-        if self.features is None and any(sample.images for sample in samples):
+        if any(sample.images for sample in samples):
             samples, pictures = self._with_pictures(samples, bad)
         batch = flat_batch(samples) if self.layout == "flat" else padded_batch(samples, self.pad_id)
         images = [image for sample in samples for image in sample.images]
@@ -65,9 +73,21 @@ class Collator:
             batch["image_features"] = self.features.read(images)
         elif pictures:
             batch["pixel_values"] = torch.stack(pictures)
+        if self.datasets:
+            batch[DATASET_IDS] = self._dataset_ids(samples, batch)  # type: ignore[literal-required]
+        if self.tells_origins:
+            batch[ORIGINS] = tuple(map(_origin_of, samples))  # type: ignore[literal-required]
         if bad:
             batch[BAD_SAMPLES] = bad  # type: ignore[literal-required]  # not for the model: the trainer takes it out
         return batch
+
+    def _dataset_ids(self, samples: Sequence[TokenizedSample], batch: Batch) -> Tensor:
+        """int64[B, T]: the place of each token's source in `datasets`; the first where a sample has none."""
+        places = {source: place for place, source in enumerate(self.datasets)}
+        ids = torch.tensor([places.get(_origin_of(sample)[0], 0) for sample in samples])
+        if self.layout == "flat":
+            return ids.repeat_interleave(torch.tensor([len(sample) for sample in samples]))[None]
+        return ids[:, None].expand(-1, batch["input_ids"].shape[1])
 
     def _with_pictures(
         self, samples: Sequence[TokenizedSample], bad: list[Drop]
@@ -91,7 +111,10 @@ class Collator:
         return kept, pictures
 
     def _pixels(self, sample: TokenizedSample) -> list[Tensor]:
-        """float32[3, H, W] of each picture of a sample; an error names it."""
+        """float32[3, H, W] of each picture of a sample, none where features are cached; an error names it."""
+        if self.features is not None:
+            self.features.check(sample.images)
+            return []
         pixels = []
         for image in sample.images:
             opened = open_image(image.source)
@@ -104,9 +127,11 @@ class Collator:
 
     def _without_lesson(self, sample: TokenizedSample) -> tuple[TokenizedSample, list[Tensor]]:
         """The same tokens with no target, and black for its pictures: the row keeps its shape, nothing is learnt."""
+        silent = replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+        if self.features is not None:
+            return silent, []  # what cannot be read is cached as zeros
         assert self.transform is not None
         black = torch.zeros_like(self.transform(PILImage.new("RGB", (32, 32))))
-        silent = TokenizedSample(sample.input_ids, np.zeros_like(sample.loss_mask), sample.images)
         return silent, [black] * len(sample.images)
 
     def _replacement(self, sample: TokenizedSample) -> tuple[TokenizedSample, list[Tensor]] | None:
@@ -130,6 +155,11 @@ def _drop_of(sample: TokenizedSample, reason: str) -> Drop:
     """What is told of a sample whose picture cannot be read; its kind is the part of the reason before the colon."""
     source, record = (sample.source, sample.record) if isinstance(sample, StoredSample) else ("", 0)
     return Drop(source, record, "", f"{UNREADABLE}: {reason}")
+
+
+def _origin_of(sample: TokenizedSample) -> tuple[str, int, int]:
+    source, record = (sample.source, sample.record) if isinstance(sample, StoredSample) else ("", 0)
+    return source, record, len(sample)
 
 
 def labels_of(sample: TokenizedSample) -> NDArray[np.int64]:

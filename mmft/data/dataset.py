@@ -23,15 +23,18 @@ from mmft.data.cut import split, truncate
 from mmft.data.digest import digest_of
 from mmft.data.files import META, StoreWriter, open_store, source_name
 from mmft.data.formats import format_hint
-from mmft.data.records import NOT_FOUND, iterate_records, iterate_samples, render_sample
+from mmft.data.image_paths import is_mended
+from mmft.data.records import bound_template, history_note, iterate_records, iterate_samples, render_sample
 from mmft.data.store import DROPPED, REPAIRED, REPLACED, Drop, TokenStore, drop_summary
 from mmft.data.tokenize import Piece, TokenizedChunk, Tokenizer, encode_pieces, pieces_of
-from mmft.errors import DataError
+from mmft.data.visible import one_line
+from mmft.errors import ConfigError, DataError, Problem
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Document, RawRecord, Sample, TokenizedSample
 
 CHUNK = 1000  # records a call into the tokenizer
+SHOWN = 1000  # characters of a record's reason in an error; it quotes data, which must not act on a screen
 AHEAD = 2  # chunks that wait for the tokenizer while Python reads on
 
 
@@ -51,7 +54,7 @@ def prepare(
     `max_bad_fraction` of the records are dropped, or nothing is left; not with `refuse=False`, for whoever wants to see
     what there is.
     """
-    template = plugins.chat_templates.get(data.chat_template).for_tokenizer(tokenizer.hf)
+    template = bound_template(data.chat_template, plugins, tokenizer)
     folder = cache_dir / f"tokens-{digest_of(data, plugins, tokenizer, template, cache_dir)}"
     if not (folder / META).is_file() or _images_appeared(open_store(folder, data, seed).drops):
         report(f"tokenising {len(data.datasets)} dataset(s) into {folder}")
@@ -64,6 +67,8 @@ def prepare(
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         report(f"token store: {folder} (unchanged)")
+    if note := history_note(template):
+        report(note)
     store = open_store(folder, data, seed)
     if refuse:
         if data.on_bad_sample == "error":
@@ -75,8 +80,7 @@ def prepare(
 
 def _images_appeared(drops: Iterable[Drop]) -> bool:
     """Whether an image that was missing when the store was built is there now: its record must not stay dropped."""
-    reasons = (drop.reason for drop in drops if drop.reason.startswith(NOT_FOUND))
-    return any(Path(reason.removeprefix(NOT_FOUND)).is_file() for reason in reasons)
+    return any(is_mended(drop.reason) for drop in drops)
 
 
 def _refuse_too_many_drops(store: TokenStore, data: Data, plugins: Plugins) -> None:
@@ -85,25 +89,34 @@ def _refuse_too_many_drops(store: TokenStore, data: Data, plugins: Plugins) -> N
     if not len(store) or number > data.max_bad_fraction * store.num_records:
         summary = drop_summary((drop for drop in store.drops if drop.action in gone), store.num_records)
         first = list(islice((drop for drop in store.drops if drop.action in gone), 3))
-        listed = "".join(f"\n    {drop}" for drop in first)
-        hint = _format_hint(first[0], data, plugins) if first else ""
+        listed = "".join(f"\n    {one_line(str(drop), SHOWN)}" for drop in first)
+        hint = "; ".join(format_hints(data, plugins, store.drops))
         raise DataError(
             f"{summary or 'the datasets are empty'}; at most {data.max_bad_fraction:.1%} is allowed "
             f"(data.max_bad_fraction){f'; {hint}' if hint else ''}. The first ones:{listed}"
         )
 
 
-def _format_hint(drop: Drop, data: Data, plugins: Plugins) -> str:
-    """Which data map would read the records of the dataset a drop is from; empty where no other fits."""
-    dataset = next(dataset for dataset in data.datasets if source_name(dataset) == drop.source)
-    records = (record for _, record in iterate_records(dataset, plugins))
-    return format_hint(plugins.data_maps.get(dataset.data_map), records, plugins)
+def format_hints(data: Data, plugins: Plugins, drops: Iterable[Drop] | None = None) -> tuple[str, ...]:
+    """For each dataset, of those with dropped records: which data map would read them where its own refuses some."""
+    sources = None if drops is None else {drop.source for drop in drops if drop.action in (DROPPED, REPLACED)}
+    found = []
+    for number, dataset in enumerate(data.datasets):
+        if sources is None or source_name(dataset) in sources:
+            records = (record for _, record in iterate_records(dataset, plugins))
+            try:
+                hint = format_hint(plugins.data_maps.get(dataset.data_map), records, plugins)
+            except DataError:  # the source fails, which is told already
+                continue
+            where = f"data.datasets.{number}: " if len(data.datasets) > 1 else ""
+            found += [f"{where}{hint}"] if hint else []
+    return tuple(found)
 
 
 def _refuse_bad(drop: Drop, data: Data) -> None:
     """Stop at a bad record where the config says so; `too_long="drop"` is a choice, and no bad record."""
     if data.on_bad_sample == "error" and drop.action == DROPPED and not drop.reason.startswith(TOO_LONG):
-        raise DataError(f"{drop} (data.on_bad_sample is 'error')")
+        raise DataError(f"{one_line(str(drop), SHOWN)} (data.on_bad_sample is 'error')")
 
 
 def _build(
@@ -119,7 +132,7 @@ def _build(
                 for drop in chunk.drops if refuse else ():
                     _refuse_bad(drop, data)
                 writer.num_records += chunk.num_records
-                writer.add(chunk.samples, chunk.records, chunk.trained, chunk.drops)
+                writer.add(chunk.samples, chunk.records, chunk.trained, chunk.drops, chunk.lengths)
         writer.finish()
 
 
@@ -135,19 +148,30 @@ class Rendered:
 
     def note(self, number: int, record: RawRecord, reason: str, action: str = DROPPED) -> None:
         """List a record that is not trained as it was given."""
-        record_id = str(record.get("id", "")) if isinstance(record, Mapping) else ""
-        self.drops.append(Drop(self.source, number, record_id, reason, action))
+        self.drops.append(Drop(self.source, number, _id_of(record), reason, action))
+
+
+def _id_of(record: RawRecord) -> str:
+    """The id of a record; of one without, the file it is, as the source `text` says."""
+    if not isinstance(record, Mapping):
+        return ""
+    path = record.get("path")
+    return str(record.get("id", path if isinstance(path, str) else ""))
 
 
 @dataclass(frozen=True, slots=True)
 class FittedChunk:
-    """Samples that fit: int64[S] record numbers, int64[S] targets of each, and what became of other records."""
+    """Samples that fit: int64[S] record numbers, int64[S] targets of each, and what became of other records.
+
+    `lengths` are int64[R]: the tokens of each record that was tokenised, as it is, before any was cut or dropped.
+    """
 
     samples: TokenizedChunk
     records: NDArray[np.int64]
     trained: NDArray[np.int64]
     drops: list[Drop]
     num_records: int
+    lengths: NDArray[np.int64]
 
 
 def tokenized_chunks(
@@ -186,6 +210,9 @@ def _render_chunk(
             rendered.kept.append((number, record, sample))
         except DataError as error:
             rendered.note(number, record, str(error))
+        except ConfigError as error:  # it is not the record that is wrong
+            found = (Problem(one.where, f"{one.what} (needed by {source} record {number:,})") for one in error.problems)
+            raise ConfigError(list(found)) from error
     return rendered
 
 
@@ -196,7 +223,8 @@ def _fitted(rendered: Rendered, chunk: TokenizedChunk, data: Data, tokenizer: To
     """The samples that are trained, at most `max_length` long; the others are listed."""
     records = np.fromiter((number for number, _, _ in rendered.kept), np.int64, len(rendered.kept))
     trained = count_trained(chunk.loss, chunk.offsets)
-    fits = (np.diff(chunk.offsets) <= data.max_length) & (trained > 0)
+    lengths = np.diff(chunk.offsets)
+    fits = (lengths <= data.max_length) & (trained > 0)
     dropped: set[int] = set()
     if not fits.all():
         pieces: list[TokenizedSample] = []
@@ -214,7 +242,7 @@ def _fitted(rendered: Rendered, chunk: TokenizedChunk, data: Data, tokenizer: To
         for repair in given.notes if isinstance(given, Conversation) and number not in dropped else ():
             rendered.note(number, record, repair, REPAIRED)
     rendered.drops.sort(key=lambda drop: drop.record)
-    return FittedChunk(chunk, records, trained, rendered.drops, rendered.num_records)
+    return FittedChunk(chunk, records, trained, rendered.drops, rendered.num_records, lengths)
 
 
 def _cut_to_fit(

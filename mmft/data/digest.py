@@ -12,6 +12,7 @@ from typing import Any
 
 from mmft import __version__
 from mmft.config import Data
+from mmft.data.files import LAYOUT
 from mmft.data.tokenize import Tokenizer
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
@@ -27,7 +28,7 @@ def digest_of(data: Data, plugins: Plugins, tokenizer: Tokenizer, template: Chat
     def add(*values: Any) -> None:
         digest.update(json.dumps([str(value) for value in values]).encode())
 
-    add(__version__, data.max_length, data.too_long, tokenizer.tokens_per_image, tokenizer.image_id)
+    add(__version__, LAYOUT, data.max_length, data.too_long, tokenizer.tokens_per_image, tokenizer.image_id)
     add(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.hf.chat_template)
     add(tokenizer.hf.bos_token, tokenizer.hf.eos_token)
     add(template.name, plugins.chat_templates.owner(data.chat_template).distribution, _code_of(template.render))

@@ -7,7 +7,7 @@ position after the last batch that was trained on.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from mmft.data.collate import BAD_SAMPLES
+from mmft.data.dataset import format_hints
+from mmft.data.records import history_note
 from mmft.data.store import Drop, drop_summary
 from mmft.data.stream import News, Position, SampleStream, StreamItem, too_many
 from mmft.errors import CheckpointError, DataError
+from mmft.ranks import gathered, is_alone
 from mmft.types import Batch
 
 STATE = "stream.json"  # in a checkpoint, beside trainer_state.json
@@ -58,11 +61,17 @@ class Account:
     ) -> None:
         self.path, self.max_bad_fraction, self.report = path, max_bad_fraction, report
         self.records, self.dropped, self.listed = records, dropped, listed
-        self.writes = True
-        lines = path.read_text("utf-8").splitlines()[:listed] if listed and path.is_file() else []
+        self.first: list[Drop] = []
+        self.writes = False
+        self._seen: set[tuple[str, int, str]] = set()
+
+    def begin(self) -> None:
+        """Write the list from here on, taken back to the checkpoint; of several ranks only the first does."""
+        lines = self.path.read_text("utf-8").splitlines()[: self.listed] if self.listed and self.path.is_file() else []
         kept = [Drop(**json.loads(line)) for line in lines]
-        self.first, self._seen = kept[:SHOWN], {(drop.source, drop.record, drop.reason) for drop in kept}
-        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        self.first[:], self._seen = kept[:SHOWN], {(drop.source, drop.record, drop.reason) for drop in kept}
+        self.path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        self.writes = True
 
     def take(self, news: News) -> None:
         """Add what a batch brought. Raises `DataError` when too many of the records read so far were dropped."""
@@ -75,12 +84,30 @@ class Account:
             self.listed += len(new)
             self.first += list(new.values())[: SHOWN - len(self.first)]
             if self.writes:
-                with self.path.open("a", encoding="utf-8") as file:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.writelines(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in new.values())
-            listed = drop_summary(tuple(new.values()), news.records or self.records).replace("\n", "; ")
-            self.report(f"stream: {listed}; of {self.records:,} so far, {self.dropped:,} were dropped")
+                listed = drop_summary(tuple(new.values()), news.records or self.records).replace("\n", "; ")
+                self.report(f"stream: {listed}; of {self.records:,} so far, {self.dropped:,} were dropped")
         if self.dropped > self.max_bad_fraction * self.records:
             raise DataError(too_many(self.dropped, self.records, self.first, self.max_bad_fraction))
+
+
+class _Hinting(torch.utils.data.IterableDataset[StreamItem]):
+    """A stream whose error says which data map would fit: one of which all is dropped stops before any batch."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[StreamItem]:
+        try:
+            yield from self.stream
+        except DataError as error:
+            raise _with_hints(error, self.stream) from error
+
+
+def _with_hints(error: DataError, stream: SampleStream) -> DataError:
+    return DataError("; ".join([str(error), *format_hints(stream.data, stream.plugins)]))
 
 
 class StreamFeed:
@@ -88,6 +115,7 @@ class StreamFeed:
 
     def __init__(self, stream: SampleStream, account: Account) -> None:
         self.stream, self.account, self.position = stream, account, stream.start
+        self._unshared: list[Drop] = []  # pictures that this rank could not read
 
     @property
     def passes(self) -> int:
@@ -100,19 +128,23 @@ class StreamFeed:
         return self.account.first
 
     def summary(self) -> str:
-        """One line a person reads before the run starts."""
+        """One paragraph a person reads before the run starts."""
         where = "" if self.position.window == self.position.row == 0 else f", from row {self.position.row:,} of window "
         where += f"{self.position.window:,}" if where else ""
-        return f"streaming {len(self.stream.data.datasets)} dataset(s), {self.stream.window:,} records a window{where}"
+        note = history_note(self.stream.template)
+        note = f"\n{note}" if note else ""
+        number = len(self.stream.data.datasets)
+        return f"streaming {number} dataset(s), {self.stream.window:,} records a window{where}{note}"
 
     def loader(
         self, collate: Callable[[Sequence[Any]], Batch], *, batch_size: int, rank: int, world: int, pin_memory: bool
     ) -> "torch.utils.data.DataLoader[StreamItem]":
         """The batches of one rank. Its generator is its own: starting it leaves torch's random state alone."""
         workers = self.stream.data.num_workers
-        self.account.writes = rank == 0
+        if rank == 0:
+            self.account.begin()
         return torch.utils.data.DataLoader(
-            self.stream.shared(batch_size=batch_size, rank=rank, world=world),
+            _Hinting(self.stream.shared(batch_size=batch_size, rank=rank, world=world)),
             batch_size=batch_size,
             collate_fn=StreamCollator(collate),
             num_workers=workers,
@@ -129,10 +161,26 @@ class StreamFeed:
         take back to its checkpoint.
         """
         self.position, news = batch.pop(KEY)
-        self.account.take(news + News(0, tuple(batch.pop(BAD_SAMPLES, ()))))
+        self._unshared += batch.pop(BAD_SAMPLES, ())
+        try:
+            self.account.take(news)
+        except DataError as error:
+            raise _with_hints(error, self.stream) from error
+        if is_alone():
+            self.share()
+
+    def share(self) -> None:
+        """Put together the pictures that the ranks could not read; all of them call it at the same steps.
+
+        What was read is the same news for each rank, so with this they know the same numbers and stop together.
+        """
+        found = tuple(drop for drops in gathered(self._unshared) for drop in drops)
+        self._unshared = []
+        if found:
+            self.account.take(News(0, found))
 
     def save(self, folder: Path) -> None:
-        """Write where the stream stands into a checkpoint."""
+        """Write where the stream stands into a checkpoint, after `share`."""
         account = {name: getattr(self.account, name) for name in ("records", "dropped", "listed")}
         (folder / STATE).write_text(json.dumps({"position": asdict(self.position), "account": account}), "utf-8")
 

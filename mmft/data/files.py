@@ -2,6 +2,7 @@
 
 ids.bin int32, loss.bin bool     of all samples, one after another
 samples.npy int64[S, 4]          where each sample ends, its record, its targets, its images so far
+lengths.npy int32[R]             the tokens of each record that was tokenised, before it was cut or dropped
 paths.bin, path_ends.npy         all image paths in UTF-8, one after another
 drops.jsonl                      a line for each record that is not trained as it was given
 meta.json                        the samples of each dataset, and how many records and drops there are
@@ -19,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmft.config import Data, Dataset
+from mmft.data.holdout import held_out
 from mmft.data.mixing import Mixing
 from mmft.data.store import DROPPED, Drop, DropList, ImagePaths, Origins, TokenStore
 from mmft.data.tokenize import TokenizedChunk
 
 META = "meta.json"
+LAYOUT = 2  # of these files; a store of another layout is not read
 
 
 class StoreWriter:
@@ -36,6 +39,7 @@ class StoreWriter:
         self.drops = (folder / "drops.jsonl").open("w", encoding="utf-8")
         self.samples: list[NDArray[np.int64]] = [np.zeros((1, 4), np.int64)]
         self.path_ends: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self.lengths: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
         self.counts: list[int] = []
         self.num_records = self.num_drops = 0
 
@@ -44,9 +48,15 @@ class StoreWriter:
         self.counts.append(0)
 
     def add(
-        self, chunk: TokenizedChunk, records: NDArray[np.int64], trained: NDArray[np.int64], drops: Iterable[Drop]
+        self,
+        chunk: TokenizedChunk,
+        records: NDArray[np.int64],
+        trained: NDArray[np.int64],
+        drops: Iterable[Drop],
+        lengths: NDArray[np.int64],
     ) -> None:
-        """Samples with their record numbers and targets, and what became of other records."""
+        """Samples with their record numbers and targets, what became of other records, and lengths before cutting."""
+        self.lengths.append(lengths.astype(np.int32))
         chunk.ids.tofile(self.ids)
         chunk.loss.tofile(self.loss)
         rows = np.empty((len(chunk), 4), np.int64)
@@ -69,6 +79,7 @@ class StoreWriter:
         """Write what is known only at the end."""
         np.save(self.folder / "samples.npy", np.concatenate(self.samples))
         np.save(self.folder / "path_ends.npy", np.concatenate(self.path_ends))
+        np.save(self.folder / "lengths.npy", np.concatenate(self.lengths))
         meta = {"counts": self.counts, "num_records": self.num_records, "num_drops": self.num_drops}
         (self.folder / META).write_text(json.dumps(meta), "utf-8")
 
@@ -91,6 +102,9 @@ def open_store(folder: Path, data: Data, seed: int) -> TokenStore:
     first = np.concatenate([[0], np.cumsum(meta["counts"])]).astype(np.int64)
     drops = DropList(folder / "drops.jsonl", meta["num_drops"], replaced=data.on_bad_sample == "replace")
     parts = [np.arange(first[i], first[i + 1]) for i in range(len(data.datasets))]
+    share, records = data.validation_share, samples[1:, 1]
+    held = [part[held_out(records[part], share, seed, number)] for number, part in enumerate(parts)]
+    parts = [np.setdiff1d(part, out) for part, out in zip(parts, held, strict=True)] if share else parts
     if data.on_bad_sample == "replace":
         parts = _with_replacements(parts, folder, meta["num_drops"], seed)
     mixing = Mixing.of(data.datasets, [len(part) for part in parts])
@@ -107,6 +121,8 @@ def open_store(folder: Path, data: Data, seed: int) -> TokenStore:
         trained=samples[1:, 2].astype(np.int32),
         origins=Origins(tuple(map(source_name, data.datasets)), first, np.ascontiguousarray(samples[1:, 1])),
         mixing=mixing,
+        held_out=np.concatenate(held),
+        record_lengths=np.load(folder / "lengths.npy"),
     )
 
 

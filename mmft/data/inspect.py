@@ -12,9 +12,10 @@ import numpy as np
 from rich.text import Text as Styled
 
 from mmft.config import Dataset, TrainConfig
+from mmft.config.check import check_data
 from mmft.data.dataset import prepare
 from mmft.data.pack import PackedStore
-from mmft.data.records import iterate_samples, render_sample
+from mmft.data.records import bound_template, iterate_samples, render_sample
 from mmft.data.shape import describe_model
 from mmft.data.tokenize import Tokenizer, tokenize
 from mmft.data.visible import visible
@@ -49,9 +50,10 @@ class Views:
     """What a config trains on, to be looked at. Loads the tokenizer, no weights."""
 
     def __init__(self, config: TrainConfig, plugins: Plugins) -> None:
+        check_data(config, plugins)
         self._config, self._plugins = config, plugins
         self.tokenizer = describe_model(config.model, plugins).tokenizer
-        self._template = plugins.chat_templates.get(config.data.chat_template).for_tokenizer(self.tokenizer.hf)
+        self._template = bound_template(config.data.chat_template, plugins, self.tokenizer)
 
     def samples(self, choice: Choice) -> Iterator[View]:
         """Records, with what would be dropped and why.
@@ -82,7 +84,8 @@ class Views:
         Raises `DataError` where there is no such row.
         """
         data, runtime = self._config.data, self._config.runtime
-        store = prepare(data, self._plugins, self.tokenizer, runtime.cache_dir or runtime.output_dir.parent / ".cache")
+        cache = runtime.cache_dir or runtime.output_dir.parent / ".cache"
+        store = prepare(data, self._plugins, self.tokenizer, cache, seed=runtime.seed)
         rows = PackedStore.of(store, data.max_length)
         if row > len(rows):
             raise DataError(f"--packed {row}: there are {len(rows):,} rows of {data.max_length:,} tokens")

@@ -123,16 +123,16 @@ def _id_differences(template: ChatTemplate, tokenizer: Tokenizer, case: Case) ->
     try:
         texts = [_theirs(tokenizer, part, prompt=prompt) for part, prompt in ((whole, False), (question, True))]
     except Exception as error:  # a template may raise anything: TemplateError, but TypeError or KeyError as well
-        logger.info("template proof, %s: skipped, the model's own template refuses it: %s", case.name, error)
+        logger.debug("template proof, %s: skipped, the model's own template refuses it: %s", case.name, error)
         return []
     if whole.tools and texts[1] == _theirs(tokenizer, replace(question, tools=()), prompt=True):
-        logger.info("template proof, %s: skipped, the model's own template ignores tools", case.name)
+        logger.debug("template proof, %s: skipped, the model's own template ignores tools", case.name)
         return []
     pairs = [("the prompt", question, True, texts[1])]
     if texts[0].startswith(texts[1].rstrip(" ")):
         pairs.insert(0, ("the conversation", whole, False, texts[0]))
     else:
-        logger.info("template proof, %s: the model's own template rewrites it; the prompt is compared", case.name)
+        logger.debug("template proof, %s: the model's own template rewrites it; the prompt is compared", case.name)
     for what, part, prompt, theirs in pairs:
         try:
             ours = _ours(template, tokenizer, part, prompt=prompt)
@@ -192,13 +192,13 @@ def _image_differences(template: ChatTemplate, tokenizer: Tokenizer, case: Case)
     try:
         theirs = _theirs(tokenizer, case.conversation, prompt=False, parts=True)
     except Exception as error:  # as above
-        logger.info("template proof, %s: skipped, the model's own template takes no images: %s", case.name, error)
+        logger.debug("template proof, %s: skipped, the model's own template takes no images: %s", case.name, error)
         return []
     without = tuple(
         replace(m, parts=tuple(p for p in m.parts if isinstance(p, Text))) for m in case.conversation.messages
     )
     if "{'type'" in theirs or theirs == _theirs(tokenizer, Conversation(without), prompt=False, parts=True):
-        logger.info("template proof, %s: skipped, the model's own template takes no images", case.name)
+        logger.debug("template proof, %s: skipped, the model's own template takes no images", case.name)
         return []
     position, after_image = 0, False
     for is_image, run in groupby(template.render(case.conversation), key=lambda s: isinstance(s.content, Image)):
@@ -215,7 +215,7 @@ def _label_differences(template: ChatTemplate, tokenizer: Tokenizer, case: Case)
     try:
         segments = template.render(case.conversation)
     except DataError as error:
-        logger.info("template proof, %s: labels not checked: %s", case.name, error)
+        logger.debug("template proof, %s: labels not checked: %s", case.name, error)
         return []
     runs = [_run_text(list(run)) for loss, run in groupby(segments, key=lambda segment: segment.loss) if loss]
     if not runs:
@@ -254,7 +254,7 @@ def _forged(template: ChatTemplate, tokenizer: Tokenizer) -> list[Difference]:
     try:
         ids = [_ours(template, tokenizer, conversation, prompt=False) for conversation in (harmless, forged)]
     except DataError as error:  # `auto` may refuse them, which is as safe
-        logger.info("template proof, text that spells control tokens: refused: %s", error)
+        logger.debug("template proof, text that spells control tokens: refused: %s", error)
         return []
     counts: list[Mapping[int, int]] = [{number: each.count(number) for number in control.values()} for each in ids]
     wrong = [token for token, number in control.items() if counts[0][number] != counts[1][number]]

@@ -27,8 +27,8 @@ TOOL: Mapping[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-_CALL = Message("assistant", (), (ToolCall("weather", {"city": "北京", "days": 2}),))
-_RESULT = Message("tool", (Text('{"celsius": 21}'),))
+_CALL = Message("assistant", (), (ToolCall("weather", {"city": "北京", "days": 2}, "a1B2c3D4e"),))
+_RESULT = Message("tool", (Text('{"celsius": 21}'),), call_id="a1B2c3D4e")
 _ASK, _SAY = _talk(("user", "How warm is it?"), ("assistant", "It is 21 degrees.")).messages
 
 CASES: tuple[Case, ...] = (
@@ -83,6 +83,11 @@ def as_messages(conversation: Conversation, *, parts: bool = False) -> list[dict
         if message.tool_calls:
             messages[-1]["tool_calls"] = [
                 {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                | ({"id": call.id} if call.id else {})
                 for call in message.tool_calls
             ]
+        if message.call_id is not None:
+            messages[-1]["tool_call_id"] = message.call_id
+        if message.reasoning is not None:
+            messages[-1]["reasoning_content"] = message.reasoning
     return messages

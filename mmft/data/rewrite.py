@@ -12,24 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from mmft.data.formats import looks_like_all, read_file
+from mmft.config import Use
+from mmft.data.formats import added_text, probe, read_records, recognise, source_use
+from mmft.data.json_strings import Change, replaced
 from mmft.errors import DataError
 from mmft.plugins import Plugins
-from mmft.specs import DataMap
+from mmft.types import BadRecord
 
 WRITABLE = (".json", ".jsonl")
+BLOCK = 1 << 20  # bytes of a file that are read at once
 Report = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class Converted:
-    """What `convert` did: both formats, records written, and the dropped ones as (number from 1, reason)."""
+    """What `convert` did: both formats, records written, and the dropped ones as (number from 1, reason).
+
+    `adds` is a system text that the first format's map gave to records which say none.
+    """
 
     source: str
     target: str
     written: int = 0
     drops: list[tuple[int, str]] = field(default_factory=list)
     repairs: int = 0
+    adds: str = ""
 
 
 def repeat(source: Path, target: Path, times: int, plugins: Plugins, report: Report = lambda _: None) -> int:
@@ -44,7 +51,10 @@ def repeat(source: Path, target: Path, times: int, plugins: Plugins, report: Rep
 
 def _repeated(source: Path, times: int, plugins: Plugins) -> Iterator[Mapping[str, Any]]:
     for _ in range(times):
-        yield from read_file(source, plugins)
+        for record in read_records(source_use(source, plugins), plugins):
+            if isinstance(record, BadRecord):
+                raise DataError(record.reason)
+            yield record
 
 
 def write_records(target: Path, records: Iterable[Mapping[str, Any]], report: Report = lambda _: None) -> int:
@@ -79,13 +89,13 @@ def _aside(target: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def _dumps(value: Any, indent: int | str | None = None) -> str:
+def _dumps(value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        text = json.dumps(value, ensure_ascii=False)
         text.encode()
         return text
     except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but it has a JSON escape
-        return json.dumps(value, indent=indent)
+        return json.dumps(value)
     except TypeError as error:
         raise DataError(f"a record holds what JSON cannot: {error}") from error
 
@@ -110,122 +120,79 @@ def replace(file: Path, old: str, new: str, *, in_keys: bool = False, report: Re
     """Replace a text in every string of a JSON or JSON-lines file; how many occurrences there were.
 
     Strings inside lists and objects at any depth, with `in_keys` the keys too. A file without the text is not written,
-    and in JSON lines a line without it stays as it is, byte for byte. `report` gets the bytes that were read.
+    and all but the strings that hold it stays as it is, byte for byte. `report` gets the bytes that were read.
     Raises `DataError` with the file and the line for what is not JSON; lines without the text are not looked into.
     """
     if not old:
         raise DataError("--old is empty; give the text to replace")
-    change = _Change(old, new, in_keys)
-    if file.suffix.lower() == ".jsonl":
-        count = sum(
-            _replaced_lines(file, change, report)
-        )  # the first pass counts, so that nothing is written for nothing
-        if count:
+    change, again = Change(old, new, in_keys), Change(old, new, in_keys)
+    pieces = _replaced_lines if file.suffix.lower() == ".jsonl" else _replaced_whole
+    try:
+        for _ in pieces(file, change, report):  # the first pass counts, so that nothing is written for nothing
+            pass
+        if change.count:
             with _aside(file) as out:
-                for _ in _replaced_lines(file, _Change(old, new, in_keys), lambda _: None, out):
-                    pass
-        return count
-    raw = _read(file)
-    report(len(raw))
-    value = change.apply(_loads(raw, str(file)))
-    if change.count:
-        with _aside(file) as out:
-            out.write((_dumps(value, _indent(raw)) + ("\n" if raw.endswith(b"\n") else "")).encode())
+                out.writelines(pieces(file, again, lambda _: None))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from error
     return change.count
 
 
-def _replaced_lines(file: Path, change: "_Change", report: Report, out: IO[bytes] | None = None) -> Iterator[int]:
-    """The occurrences in each line of a JSON-lines file, and the lines themselves to `out`."""
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                before = change.count
-                written = line
-                if line.strip() and change.may_be_in(line):
-                    value = change.apply(_loads(line, f"{file} line {number}"))
-                    if change.count > before:
-                        ending = line[len(line.rstrip(b"\r\n")) :]
-                        written = _dumps(value).encode() + ending
-                if out is not None:
-                    out.write(written)
-                report(len(line))
-                yield change.count - before
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}") from error
+def _replaced_lines(file: Path, change: Change, report: Report) -> Iterator[bytes]:
+    """The lines of a JSON-lines file."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            report(len(line))
+            may = line.strip() and change.may_be_in(line)
+            yield b"".join(replaced([line], change, f"{file} line {number}")) if may else line
 
 
-class _Change:
-    """One text for another inside JSON values, counted."""
+def _replaced_whole(file: Path, change: Change, report: Report) -> Iterator[bytes]:
+    """A JSON file in blocks."""
 
-    def __init__(self, old: str, new: str, in_keys: bool) -> None:
-        self.old, self.new, self.in_keys, self.count = old, new, in_keys, 0
-        self._bytes = old.encode("utf-8", "surrogatepass")
+    def blocks() -> Iterator[bytes]:
+        with file.open("rb") as opened:
+            while block := opened.read(BLOCK):
+                report(len(block))
+                yield block
 
-    def may_be_in(self, line: bytes) -> bool:
-        """Whether a line must be parsed: without escapes a text stands in it as it is."""
-        return b"\\" in line or self._bytes in line
-
-    def apply(self, value: Any) -> Any:
-        """The value with every occurrence replaced."""
-        if isinstance(value, str):
-            self.count += (found := value.count(self.old))
-            return value.replace(self.old, self.new) if found else value
-        if isinstance(value, list):
-            return [self.apply(item) for item in value]
-        if isinstance(value, dict):
-            changed = {(self.apply(key) if self.in_keys else key): self.apply(item) for key, item in value.items()}
-            if len(changed) < len(value):
-                raise DataError(
-                    f"replacing {self.old!r} in the keys {', '.join(map(repr, value))} makes two keys equal"
-                )
-            return changed
-        return value
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}") from error
-
-
-def _loads(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}: {error.reason}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-
-
-def _indent(raw: bytes) -> str | None:
-    """The indentation of a JSON file's second line."""
-    second = raw.split(b"\n", 2)[1:2]
-    if not second or not second[0].strip():
-        return None
-    line = second[0].decode("utf-8", "replace")
-    return line[: len(line) - len(line.lstrip())] or None
+    return replaced(blocks(), change, str(file))
 
 
 def convert(
-    source: Path, target: Path, plugins: Plugins, *, to: str, origin: str = "", report: Report = lambda _: None
+    source: Path | Use,
+    target: Path,
+    plugins: Plugins,
+    *,
+    to: str,
+    origin: str = "",
+    max_bad_fraction: float = 0.01,
+    report: Report = lambda _: None,
 ) -> Converted:
     """Write the records of a file in another format: `DataMap.fn` of the one, `DataMap.write` of the other.
 
-    `origin` is the format of `source`, found from its first records where it is not given. A record that either map
-    refuses is dropped with its reason. Raises `DataError` where nothing is left to write; the target is then untouched.
+    `source` is a file, or a data source with its options. `origin` is the format of `source`, found from its first
+    records where it is not given. A record that either map refuses is dropped with its reason. Raises `DataError` where
+    nothing is left to write or more than `max_bad_fraction` are dropped; the target is then untouched.
     """
     into = plugins.data_maps.get(to)
     if into.write is None:
         writable = ", ".join(one.name for one in plugins.data_maps if one.write)
         raise DataError(f"--to {to}: this format is only read; formats that are written: {writable}")
-    given = plugins.data_maps.get(origin) if origin else detect(source, plugins)
-    result = Converted(given.name, into.name)
+    reading = source if isinstance(source, Use) else source_use(source, plugins)
+    where = reading.options["path"]
+    if origin:
+        given, probed = plugins.data_maps.get(origin), probe(read_records(reading, plugins))
+    else:
+        ((given, _), *_), probed = recognise(reading, plugins)
+    result = Converted(given.name, into.name, adds=added_text(given, probed))
 
     def records() -> Iterator[Mapping[str, Any]]:
-        for number, record in enumerate(read_file(source, plugins), 1):
+        for number, record in enumerate(read_records(reading, plugins), 1):
             report(1)
             try:
+                if isinstance(record, BadRecord):
+                    raise DataError(record.reason)
                 sample = given.fn(record)
                 if sample is None:
                     raise DataError("nothing to train")
@@ -238,18 +205,18 @@ def convert(
             result.written += 1
             yield written
         if not result.written:
-            first = "; ".join(f"record {number}: {reason}" for number, reason in result.drops[:3])
-            raise DataError(f"{source}: nothing to write as {to!r}; {first or 'the file has no records'}")
+            raise DataError(f"{where}: nothing to write as {to!r}; {_first(result) or 'the file has no records'}")
+        all_records = result.written + len(result.drops)
+        if len(result.drops) > max_bad_fraction * all_records:
+            raise DataError(
+                f"{where}: {len(result.drops):,} of {all_records:,} records ({len(result.drops) / all_records:.1%}) "
+                f"cannot be converted from {given.name!r} to {into.name!r}; at most {max_bad_fraction:.1%} is allowed "
+                f"(--max-bad-fraction), so {target} is not written. The first: {_first(result)}"
+            )
 
     write_records(target, records())
     return result
 
 
-def detect(file: Path, plugins: Plugins) -> DataMap:
-    """The format of a file, from its first records. Raises `DataError` where none fits."""
-    fitting = looks_like_all(read_file(file, plugins), plugins)
-    if not fitting:
-        first = next(iter(read_file(file, plugins)), {})
-        keys = ", ".join(map(repr, first)) or "none"
-        raise DataError(f"{file}: in no known format (keys of the first record: {keys}); see `mmft data formats`")
-    return fitting[0][0]
+def _first(result: Converted) -> str:
+    return "; ".join(f"record {number:,}: {reason}" for number, reason in result.drops[:3])

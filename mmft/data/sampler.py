@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmft.config import TrainConfig
 from mmft.data.mixing import Mixing
+from mmft.data.pack import PackedStore
+from mmft.data.store import TokenStore
 
 SORT_WINDOW = 50  # steps whose items are sorted together; larger is less random, smaller pads more
 
@@ -79,3 +82,37 @@ class StepSampler(torch.utils.data.Sampler[int]):
         pieces = [group[start : start + window] for start in range(0, len(group), window)]
         pieces = [piece[np.argsort(-self.lengths[piece], kind="stable")] for piece in pieces]
         return np.concatenate(pieces) if pieces else group
+
+
+def make_sampler(config: TrainConfig, dataset: TokenStore | PackedStore, world: int = 1) -> StepSampler:
+    """The order in which `world` processes go through the samples, or the packed rows, of a config."""
+    data, optim = config.data, config.optim
+    return StepSampler(
+        dataset.lengths, dataset.has_image, optim.batch_size_per_device * optim.accumulate * world,
+        seed=config.runtime.seed, by_modality=data.group_by_modality, by_length=data.group_by_length,
+        mixing=dataset.mixing,
+    )  # fmt: skip
+
+
+def describe_steps(sampler: StepSampler, batch_size: int, *, padded: bool | None = None) -> str:
+    """The tokens of an optimizer step and what is padding, from the order of the first epoch.
+
+    `padded` is whether batches are padded to their longest row; None where that is not known before the model is
+    built: `batches of 1 x 4: 812 tokens a step on average (from 640 to 1,024); no padding`.
+    """
+    lengths = sampler.lengths[sampler.order(0)]
+    steps = np.add.reduceat(lengths, np.arange(0, len(lengths), sampler.step_size))
+    whole = steps[:-1] if len(lengths) % sampler.step_size and len(steps) > 1 else steps
+    starts = np.arange(0, len(lengths), batch_size)
+    widths = np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(lengths))
+    share = 1 - float(lengths.sum()) / max(1, int(widths.sum()))
+    if padded is False or batch_size == 1:
+        padding = "no padding"
+    elif padded:
+        padding = f"{share:.1%} of a batch is padding"
+    else:
+        padding = f"no padding, or {share:.1%} of a batch where the model needs padded ones"
+    return (
+        f"batches of {batch_size} x {sampler.step_size // batch_size}: {float(whole.mean()):,.0f} tokens a step on "
+        f"average (from {int(whole.min()):,} to {int(whole.max()):,}); {padding}"
+    )

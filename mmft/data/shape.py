@@ -10,6 +10,7 @@ from typing import Any
 from mmft.config import LLM, Model
 from mmft.data.tokenize import Tokenizer
 from mmft.errors import ModelError
+from mmft.hub import encoder_options, load_tokenizer
 from mmft.plugins import Plugins
 from mmft.specs import VisionInfo
 
@@ -29,21 +30,17 @@ def describe_model(model: Model, plugins: Plugins, folder: Path | None = None) -
     info, tokens = None, 0
     if model.vision:
         try:
-            info = plugins.vision_encoders.get(model.vision.encoder.name).describe(**model.vision.encoder.options)
+            options = encoder_options(model.vision.encoder, model.hub)
+            info = plugins.vision_encoders.get(model.vision.encoder.name).describe(**options)
             projector = plugins.projectors.get(model.vision.projector.name)
             tokens = projector.num_tokens(info.num_patches, **model.vision.projector.options)
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"model.vision: {str(error).splitlines()[0]}") from error
     own = folder / TOKENIZER if folder and (folder / TOKENIZER).is_dir() else None
-    hf = load_hf_tokenizer(own or model.llm.path, model.llm)
+    hf = load_tokenizer(model.llm, model.hub, own)
     return Shape(Tokenizer.for_model(hf, tokens), info)
 
 
 def load_hf_tokenizer(path: str | Path, llm: LLM) -> Any:
-    """The model's tokenizer. Raises `ModelError` in one line where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=llm.revision, trust_remote_code=llm.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.llm.path: no tokenizer in {path}: {str(error).strip().splitlines()[0]}") from error
+    """The tokenizer of a model by its folder or name. Raises `ModelError` in one line where there is none."""
+    return load_tokenizer(llm.model_copy(update={"path": str(path)}))

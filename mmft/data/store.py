@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,14 @@ class Drop:
 
     source: str
     record: int  # counted from 1, as a person counts lines
-    id: str
+    id: str  # the record's own; of a record without one the file it is, where its source says so
     reason: str
     action: str = DROPPED
 
     def __str__(self) -> str:
-        name = f' (id "{self.id}")' if self.id else ""
+        name = f' (id "{self.id}")' if self.id and self.id != self.source else ""
+        if name and self.id.startswith(self.source):  # a file of the folder that is the source
+            name = f" ({self.id})"
         return f"{self.source} record {self.record:,}{name}: {self.reason}"
 
 
@@ -148,6 +151,8 @@ class TokenStore:
     trained: NDArray[np.int32] | None = None  # [S] targets of each sample; counted where it is not given
     origins: Origins | None = None
     mixing: Mixing | None = None
+    held_out: NDArray[np.int64] | None = None  # sample numbers that are not in the index: they are for validation
+    record_lengths: NDArray[np.int32] | None = None  # [R] tokens of each record, before any was cut or dropped
 
     def __len__(self) -> int:
         return len(self.index)
@@ -158,6 +163,10 @@ class TokenStore:
         images = tuple(Image(source) for source in self.images[sample])
         source, record = self.origins.of(sample) if self.origins else ("", 0)
         return StoredSample(self.ids[start:stop], self.loss[start:stop], images, source, record, item)
+
+    def validation(self) -> "TokenStore":
+        """What is held out, each sample once."""
+        return replace(self, index=np.empty(0, np.int64) if self.held_out is None else self.held_out, mixing=None)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -179,14 +188,28 @@ class TokenStore:
         return has_image
 
     @property
+    def targets(self) -> NDArray[np.int64]:
+        """int64[S]: the targets of each sample; its first token has no context and is none."""
+        if self.trained is not None:
+            return self.trained.astype(np.int64)
+        counted = np.concatenate([[0], np.cumsum(self.loss, dtype=np.int64)])
+        first = np.minimum(self.offsets[:-1] + 1, self.offsets[1:])
+        targets: NDArray[np.int64] = counted[self.offsets[1:]] - counted[first]
+        return targets
+
+    @property
     def num_trained(self) -> int:
         """Tokens that are targets, repeats counted."""
-        if not len(self):
-            return 0
-        trained = self.trained
-        if trained is None:
-            trained = np.add.reduceat(self.loss, self.offsets[:-1], dtype=np.int32)
-        return int(trained[self.index].sum(dtype=np.int64))
+        return int(self.targets[self.index].sum())
+
+    @property
+    def first_of_record(self) -> NDArray[np.int64]:
+        """int64[K]: the first sample of each record that is kept; a record cut in pieces has several, one by one."""
+        if self.origins is None or len(self.offsets) == 1:
+            return np.arange(len(self.offsets) - 1)
+        starts = np.diff(self.origins.records, prepend=-1) != 0
+        starts[self.origins.first[:-1][self.origins.first[:-1] < len(starts)]] = True
+        return np.flatnonzero(starts)
 
     def summary(self) -> str:
         """One paragraph a person reads before the run starts."""
@@ -195,15 +218,20 @@ class TokenStore:
             f"{len(self):,} samples, {int(used.sum()):,} tokens ({self.num_trained:,} trained), "
             f"{int(self.image_counts.sum()):,} images; longest {int(used.max(initial=0)):,} tokens"
         )
+        held_out = 0 if self.held_out is None else len(self.held_out)
+        text += f"; {held_out:,} samples beside them are held out for validation" if held_out else ""
         text += f"\n{self.mixing.summary()}" if self.mixing else ""
         return text + ("\n" + drop_summary(self.drops, self.num_records) if len(self.drops) else "")
+
+
+_PLACE = re.compile(r"(\w+)\[\d+\]: ")
 
 
 def drop_summary(drops: Iterable[Drop], num_records: int) -> str:
     """`dropped 12 of 665,298 records: 9 no assistant turn, 3 longer than 2048 tokens`."""
     counted: dict[str, Counter[str]] = {}
     for drop in drops:
-        counted.setdefault(drop.action, Counter())[_reason_kind(drop.reason)] += 1
+        counted.setdefault(drop.action, Counter())[reason_kind(drop.reason)] += 1
     lines = []
     for action, reasons in sorted(counted.items()):
         listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
@@ -211,6 +239,7 @@ def drop_summary(drops: Iterable[Drop], num_records: int) -> str:
     return "\n".join(lines)
 
 
-def _reason_kind(reason: str) -> str:
-    """Reasons carry details after a colon; the kind is what stands before."""
-    return reason.partition(": ")[0]
+def reason_kind(reason: str) -> str:
+    """Reasons carry details after a colon; the kind is what stands before, and after a place such as `messages[3]`."""
+    place = _PLACE.match(reason)
+    return f"{place[1]}[]: {reason_kind(reason[place.end() :])}" if place else reason.partition(": ")[0]

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from mmft.config import Data, Dataset
-from mmft.data.dataset import TOO_LONG, tokenized_chunks
+from mmft.data.dataset import SHOWN, TOO_LONG, tokenized_chunks
 from mmft.data.files import source_name
 from mmft.data.pack import best_fit
-from mmft.data.records import iterate_samples
+from mmft.data.records import bound_template, iterate_samples
 from mmft.data.store import DROPPED, Drop, StoredSample
 from mmft.data.tokenize import Tokenizer
+from mmft.data.visible import one_line
 from mmft.errors import DataError
 from mmft.plugins import Plugins
 from mmft.types import PackedSample, RawRecord, Sample, TokenizedSample
@@ -91,7 +92,7 @@ class SampleStream(torch.utils.data.IterableDataset[StreamItem]):
     ) -> None:
         super().__init__()
         self.data, self.plugins, self.tokenizer, self.seed, self.window = data, plugins, tokenizer, seed, window
-        self.template = plugins.chat_templates.get(data.chat_template).for_tokenizer(tokenizer.hf)
+        self.template = bound_template(data.chat_template, plugins, tokenizer)
         self.start = start or Position(0, 0, ((0, 0),) * len(data.datasets))
         self.weighted = any(dataset.weight is not None for dataset in data.datasets)
         self.batch_size, self.rank, self.world = 1, 0, 1
@@ -164,7 +165,7 @@ class SampleStream(torch.utils.data.IterableDataset[StreamItem]):
         """Stop at a bad record where the config says so; `too_long="drop"` is a choice, and no bad record."""
         for drop in drops if self.data.on_bad_sample == "error" else ():
             if drop.action == DROPPED and not drop.reason.startswith(TOO_LONG):
-                raise DataError(f"{drop} (data.on_bad_sample is 'error')")
+                raise DataError(f"{one_line(str(drop), SHOWN)} (data.on_bad_sample is 'error')")
 
     def _draw(self, random: np.random.Generator, readers: Sequence["_Reader"]) -> dict[tuple[int, int], list[Numbered]]:
         """(dataset, turn) -> its records of one window."""
@@ -238,7 +239,7 @@ def _with_origin(sample: TokenizedSample, dataset: Dataset, record: int) -> Stor
 
 def too_many(dropped: int, records: int, drops: Sequence[Drop], allowed: float) -> str:
     """Why a stream stops: one line with the first record that was dropped."""
-    first = next((f"; the first: {drop}" for drop in drops if drop.action == DROPPED), "")
+    first = next((f"; the first: {one_line(str(drop), SHOWN)}" for drop in drops if drop.action == DROPPED), "")
     return (
         f"dropped {dropped:,} of the {records:,} records read; at most {allowed:.1%} is allowed "
         f"(data.max_bad_fraction){first}"

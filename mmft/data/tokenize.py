@@ -199,7 +199,7 @@ def pieces_of(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piece]:
         if not content:
             continue
         if not content.isascii():
-            _refuse_surrogates(content)
+            refuse_surrogates(content)
         as_data = not segment.markup and tokenizer.has_control_token(content)
         if texts and not as_data and segment.loss == loss and not tokenizer.spells_across(tail, content):
             texts.append(content)
@@ -222,8 +222,8 @@ def _close(pieces: list[Piece], texts: list[str], loss: bool) -> None:
         texts.clear()
 
 
-def _refuse_surrogates(text: str) -> None:
-    """Half a character (JSON's `\\ud83d` without its other half) is nothing a tokenizer can encode."""
+def refuse_surrogates(text: str) -> None:
+    """Raise `DataError` for half a character (JSON's `\\ud83d` without its other half): no tokenizer can encode it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -7,9 +7,11 @@ installed, takes the same keywords.
 """
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +63,14 @@ def varlen_attention(
     Returns float[1, T, H, Dh]. Raises `ModelError` for what it cannot do (soft-capped scores, attention sinks), which
     the self-test turns into another implementation.
     """
+    stretch = kwargs.pop("stretch", None)
+    if stretch is not None:  # the row is shared by several processes
+
+        def whole_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            row = (None, scaling, dropout, sliding_window, cu_seq_lens_q, max_length_q)
+            return varlen_attention(module, q, k, v, *row, **kwargs)[0]
+
+        return stretch.attend(whole_row, query, key, value), None
     unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unsupported or query.shape[0] != 1 or cu_seq_lens_q is None:
         raise ModelError(f"per-sample attention: not possible here ({', '.join(unsupported) or 'no sample limits'})")
@@ -87,9 +97,14 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return (distance >= 0) & (distance < window)
 
 
+@cache
 def _cuda_kernel_available() -> bool:
-    """torch.nn.attention.varlen with sliding windows, which say "causal" there (torch >= 2.12)."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """torch.nn.attention.varlen with sliding windows, which say "causal" there, and grouped heads (torch >= 2.12)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _cuda_varlen(

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from mmft.config import Model, Vision
-from mmft.errors import CheckpointError
+from mmft.config.check_methods import impossible_on_cpu
+from mmft.errors import CheckpointError, ModelError
+from mmft.hub import encoder_options
 from mmft.modeling import attention
 from mmft.modeling.llava import LlavaModel
-from mmft.modeling.llm import load_llm, quantized_layers
+from mmft.modeling.llm import base_token_ids, load_llm, quantized_layers
 from mmft.modeling.lora import add_lora, is_adapted
 from mmft.plugins import Plugins
 from mmft.specs import VisionInfo
@@ -40,8 +42,10 @@ def build_model(
     of what the config starts from. Frozen parts are in `dtype`; trained ones in float32.
     """
     attention.register()
+    if device.type == "cpu" and (reason := impossible_on_cpu(model.llm)):
+        raise ModelError(reason)
     llm_folder = weights / LLM_FOLDER if weights and (weights / LLM_FOLDER).is_dir() else None
-    llm = load_llm(model.llm, dtype=dtype, device=device, path=llm_folder)
+    llm = load_llm(model.llm, dtype=dtype, device=device, path=llm_folder, hub=model.hub)
     layout = attention.choose(llm, model.llm.attention)
     if model.llm.trainable:
         llm.requires_grad_(True)
@@ -49,13 +53,18 @@ def build_model(
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.llm.lora:
         start = _folder_in(weights, ADAPTER) if weights else model.llm.adapter
-        llm = add_lora(llm, model.llm.lora, weights=start, causal_lm=True)
+        rows = base_token_ids(model.llm, model.hub)
+        llm = add_lora(llm, model.llm.lora, weights=start, causal_lm=True, new_tokens=rows, base=model.llm.path)
     width = llm.get_input_embeddings().weight.shape[1]
     parts: dict[str, Any] = {}
     if model.vision:
         assert info is not None
-        parts = _build_vision(model.vision, plugins, info, width, dtype, device, weights)
+        parts = _build_vision(
+            model.vision, plugins, info, width, dtype, device, weights, encoder_options(model.vision.encoder, model.hub)
+        )
     built = LlavaModel(llm, image_id=image_id, dtype=dtype, layout=layout, **parts)  # type: ignore[arg-type]
+    if gradient_checkpointing and built.vision_trains:
+        checkpoint_gradients(built.vision)
     check_build(built, model)
     return built
 
@@ -68,31 +77,62 @@ def _build_vision(
     dtype: torch.dtype,
     device: torch.device,
     weights: Path | None,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Encoder and projector, with the shapes that a picture-less batch needs."""
     from PIL import Image as PILImage
 
-    encoder: Any = plugins.vision_encoders.get(vision.encoder.name).build(**vision.encoder.options)
+    encoder: Any = plugins.vision_encoders.get(vision.encoder.name).build(**options)
     encoder.requires_grad_(False)
     if weights and (weights / VISION_WEIGHTS).is_file():
         load_exactly(encoder, weights / VISION_WEIGHTS)
     encoder.to(device, torch.float32 if vision.trainable else dtype)
-    if vision.trainable:
-        encoder.requires_grad_(True)
-    if vision.lora:
-        encoder = add_lora(encoder, vision.lora, weights=_folder_in(weights, VISION_ADAPTER) if weights else None)
-    projector = plugins.projectors.get(vision.projector.name).build(info.hidden_size, width, **vision.projector.options)
-    start = weights or vision.projector_weights
-    if start:
-        load_exactly(projector, start / PROJECTOR if start.is_dir() else start)
-    projector.to(device, torch.float32).requires_grad_(vision.projector_trainable)
     pixel_shape = tuple(info.transform(PILImage.new("RGB", (64, 64))).shape)
+    unused = unused_parameters(encoder, pixel_shape) if vision.trainable or vision.lora else set()
+    if vision.trainable:
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(name not in unused)
+    if vision.lora:
+        start = _folder_in(weights, VISION_ADAPTER) if weights else None
+        left_out = sorted({name.rpartition(".")[0] for name in unused})
+        encoder = add_lora(encoder, vision.lora, weights=start, left_out=left_out)
+    projector = plugins.projectors.get(vision.projector.name).build(info.hidden_size, width, **vision.projector.options)
+    projected = weights or vision.projector_weights
+    if projected:
+        load_exactly(projector, projected / PROJECTOR if projected.is_dir() else projected)
+    projector.to(device, torch.float32).requires_grad_(vision.projector_trainable)
     return {
         "vision": encoder,
         "projector": projector,
         "feature_shape": (info.num_patches, info.hidden_size),
         "pixel_shape": pixel_shape,
     }
+
+
+def unused_parameters(encoder: nn.Module, pixel_shape: tuple[int, ...]) -> set[str]:
+    """Names of what no feature depends on: pooling heads, final norms, blocks behind the selected one.
+
+    Such parameters never get a gradient: DDP waits for them, and an optimizer only carries them along. One black
+    picture tells which they are, whatever plugin the encoder comes from. Leaves every parameter frozen.
+    """
+    named = {name: parameter for name, parameter in encoder.named_parameters() if parameter.is_floating_point()}
+    encoder.eval().requires_grad_(True)  # in eval mode, so that no dropout draws from the random state
+    first = next(iter(named.values()))
+    with torch.enable_grad():
+        features = encoder(torch.zeros(1, *pixel_shape, device=first.device, dtype=first.dtype))
+        gradients = torch.autograd.grad(features.float().sum(), list(named.values()), allow_unused=True)
+    encoder.requires_grad_(False)
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is None}
+
+
+def checkpoint_gradients(encoder: Any) -> None:
+    """Gradient checkpointing in an encoder that has it: transformers' models do, other modules may not."""
+    from transformers import PreTrainedModel
+
+    for module in encoder.modules():
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
 
 
 def _folder_in(weights: Path, name: str) -> Path:

@@ -7,14 +7,16 @@ of each. A folder is written under a temporary name, synced and renamed, so an u
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmft import __version__
 from mmft.config import Model, TrainConfig
@@ -27,7 +29,7 @@ from mmft.modeling.build import (
     VISION_WEIGHTS,
 )
 from mmft.modeling.llava import LlavaModel
-from mmft.modeling.lora import base_of, is_adapted
+from mmft.modeling.lora import is_adapted
 from mmft.plugins import Plugins
 
 MANIFEST = "mmft.json"
@@ -36,48 +38,88 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """`mmft.json`: the model part of the config, the template, who provided what, and a sha256 for each file."""
+    """`mmft.json`: the config that decided the weights, the template, who provided what, and a sha256 for each file."""
 
     model: Model
     chat_template: str
     precision: str
-    config_digest: str
+    config: dict[str, Any]
     plugins: dict[str, str]
     files: dict[str, str]
 
 
-def config_digest(config: TrainConfig) -> str:
-    """Of all that decides the weights: model, data and optim, not where the run lives."""
-    text = config.model_dump_json(include={"model", "data", "optim"})
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def decides_weights(config: TrainConfig) -> dict[str, Any]:
+    """What of a config decides the weights, and not where the run lives, how it is read or what it is held to."""
+    decisive: dict[str, Any] = config.model_dump(mode="json", include={"model", "data", "optim"})
+    del decisive["data"]["validation"], decisive["data"]["num_workers"]
+    return decisive | {"runtime": config.runtime.model_dump(mode="json", include={"seed", "precision"})}
 
 
-def save_parts(folder: Path, built: LlavaModel, hf_tokenizer: Any) -> None:
+def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """`optim.lr: 0.01 there, 0.001 here` for each value in which two dumped configs differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [*theirs, *(key for key in ours if key not in theirs)]
+        inner = (differences(theirs.get(key), ours.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return [line for lines in inner for line in lines]
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = enumerate(zip(theirs, ours, strict=True))
+        return [line for i, (one, other) in pairs for line in differences(one, other, f"{path}.{i}")]
+    return [] if theirs == ours else [f"{path}: {theirs!r} there, {ours!r} here"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A weight on the CPU, where every process holds all of it."""
+    return tensor.detach().cpu()
+
+
+def gather_parts(
+    built: LlavaModel, full: Callable[[Tensor], Tensor] = whole, *, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """What `save_parts` writes: the state of each part that trains, and of the projector.
+
+    Sharded weights are put together by `full`, for which every process must be here; `keep=False` on those that do not
+    write. Of a part with an adapter only the adapter is gathered.
+    """
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for name, part in built.parts().items():
+        adapted = is_adapted(part)
+        if not (_trains(part) or name == "projector"):
+            continue
+        state = gathered.setdefault(name, {})
+        for key, tensor in part.state_dict(keep_vars=True).items():
+            if adapted and not tensor.requires_grad:
+                continue
+            value = full(tensor)
+            if keep:
+                state[key] = value.contiguous()
+    return gathered
+
+
+def save_parts(
+    folder: Path, built: LlavaModel, hf_tokenizer: Any, gathered: dict[str, dict[str, Tensor]] | None = None
+) -> None:
     """Write the trained parts and the tokenizer; frozen parts are named by the manifest, not copied."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    state = gather_parts(built) if gathered is None else gathered
     if is_adapted(built.llm):
-        built.llm.save_pretrained(folder / ADAPTER)
+        built.llm.save_pretrained(folder / ADAPTER, state_dict=state["llm"])
     elif _trains(built.llm):
-        built.llm.save_pretrained(folder / LLM_FOLDER)
+        built.llm.save_pretrained(folder / LLM_FOLDER, state_dict=state["llm"])
     if built.projector is not None:
-        save_file(_state(built.projector), folder / PROJECTOR)
+        save_file(state["projector"], folder / PROJECTOR)
     vision: Any = built.vision
     if vision is not None and is_adapted(vision):
-        vision.save_pretrained(folder / VISION_ADAPTER)
+        vision.save_pretrained(folder / VISION_ADAPTER, state_dict=state["vision"])
     elif vision is not None and _trains(vision):
         (folder / VISION_WEIGHTS).parent.mkdir(exist_ok=True)
-        save_file(_state(base_of(vision)), folder / VISION_WEIGHTS)
+        save_file(state["vision"], folder / VISION_WEIGHTS)
     hf_tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def _trains(part: torch.nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in part.parameters())
-
-
-def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precision: str) -> None:
@@ -89,16 +131,19 @@ def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precisio
         "model": config.model.model_dump(mode="json"),
         "chat_template": config.data.chat_template,
         "precision": precision,
-        "config_digest": config_digest(config),
-        "plugins": _used_plugins(config, plugins),
+        "config": decides_weights(config),
+        "plugins": used_plugins(config, plugins),
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), "utf-8")
 
 
-def _used_plugins(config: TrainConfig, plugins: Plugins) -> dict[str, str]:
-    """Which distribution provided each name that the model depends on."""
+def used_plugins(config: TrainConfig, plugins: Plugins) -> dict[str, str]:
+    """Which distribution, in which version, provided each name that the weights depend on."""
     used = {f"chat template {config.data.chat_template}": plugins.chat_templates.owner(config.data.chat_template)}
+    for dataset in config.data.datasets:
+        used[f"data source {dataset.source.name}"] = plugins.datasets.owner(dataset.source.name)
+        used[f"data map {dataset.data_map}"] = plugins.data_maps.owner(dataset.data_map)
     if config.model.vision:
         encoder, projector = config.model.vision.encoder.name, config.model.vision.projector.name
         used[f"vision encoder {encoder}"] = plugins.vision_encoders.owner(encoder)
@@ -118,7 +163,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
             Model.model_validate(content["model"]),
             content["chat_template"],
             content["precision"],
-            content["config_digest"],
+            content.get("config", {}),  # models of before 0.1 can be talked to, not gone on with
             content["plugins"],
             content["files"],
         )
@@ -147,9 +192,34 @@ def written_whole(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` in one rename, when everything in it is on disk."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    publish(temporary, target)
+    with or_nothing(temporary, target):
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, target)
+
+
+@contextmanager
+def or_nothing(temporary: Path, target: Path) -> Iterator[None]:
+    """Where writing fails (a full disk, no permission), remove what is there of it, and say so in one line.
+
+    Raises `CheckpointError`.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has only RuntimeError for a file it cannot write
+        if isinstance(error, RuntimeError) and not re.search("file write|iostream|writing", str(error)):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        whole_ones = [path for path in checkpoints(target.parent) if (path / MANIFEST).is_file()]
+        kept = f"{whole_ones[0]} is whole: " if whole_ones else "there is no checkpoint before it: "
+        after = "go on with --resume" if whole_ones else "begin anew"
+        raise CheckpointError(
+            f"{target} cannot be written: {reason}; {kept}make room on the disk and {after}"
+        ) from error
 
 
 def publish(temporary: Path, target: Path) -> None:

@@ -3,6 +3,9 @@
 No decoding, no resizing and no encoder pass from then on, in this stage and the next: the store is keyed by encoder,
 options, its files and the dtype, and a picture by the sha256 of its bytes. Only what a projector sees is stored
 (before the projector), so it stays valid while the projector trains.
+
+A picture that cannot be read has a reason instead of features; what becomes of its sample is the collator's affair, as
+it is where pictures are opened while training.
 """
 
 import hashlib
@@ -36,6 +39,7 @@ class FeatureStore:
         self._storage = np.dtype({torch.float32: np.float32}.get(dtype, np.uint16))
         self._rows: dict[str, int] = {}
         self._keys: dict[str, str] = {}
+        self.unreadable: dict[str, DataError] = {}  # by the key of a picture: not kept on disk, it may be mended
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "index.json").is_file():
             self._rows = json.loads((folder / "index.json").read_text("utf-8"))
@@ -52,39 +56,78 @@ class FeatureStore:
         return self.row_shape[0] * self.row_shape[1] * self._storage.itemsize
 
     def missing(self, sources: Sequence[str]) -> dict[str, str]:
-        """sha256 -> one path, of the pictures that are not stored yet. Raises `DataError` for one that is not there."""
-        for source in sources:
-            if source not in self._keys:
-                self._keys[source] = _sha256(source)
-        return {self._keys[s]: s for s in reversed(sources) if self._keys[s] not in self._rows}
+        """sha256 -> one path, of the pictures that are not stored yet and not known to be unreadable."""
+        keys = [(self._key(source), source) for source in reversed(sources)]
+        return {key: source for key, source in keys if key not in self._rows and key not in self.unreadable}
 
-    def fill(self, sources: Sequence[str], model: LlavaModel, transform: Callable[[Any], Tensor]) -> int:
-        """Encode and store what is missing; returns how many pictures that were."""
+    def fill(
+        self, sources: Sequence[str], model: LlavaModel, transform: Callable[[Any], Tensor], *, refuse: bool = True
+    ) -> int:
+        """Encode and store what is missing; returns how many pictures that were.
+
+        Raises `DataError` for a picture that cannot be read; not with `refuse=False`, then it is in `unreadable`.
+        """
         todo = list(self.missing(sources).items())
         # a killed run may have left rows that the index does not know: they are overwritten
         with (self.folder / "features.bin").open("r+b" if (self.folder / "features.bin").exists() else "w+b") as file:
             file.truncate(len(self._rows) * self.bytes_per_image)
             file.seek(0, os.SEEK_END)
             for start in range(0, len(todo), BATCH):
-                part = todo[start : start + BATCH]
-                pixels = torch.stack([transform(open_image(source)) for _, source in part])
+                pixels = self._opened(todo[start : start + BATCH], transform)
+                if not pixels:
+                    continue
                 with torch.no_grad(), model.autocast():
-                    features = model.encode_images(pixels)
+                    features = model.encode_images(torch.stack(list(pixels.values())))
                 self._to_storage(features).tofile(file)
-                self._rows |= {key: len(self._rows) + i for i, (key, _) in enumerate(part)}
+                self._rows |= {key: len(self._rows) + i for i, key in enumerate(pixels)}
         self._write_index()
-        return len(todo)
+        wrong = [self.unreadable[key] for key in map(self._key, sources) if key in self.unreadable]
+        if wrong and refuse:
+            raise DataError(f"{wrong[0]} (data.on_bad_sample is 'error')")
+        return sum(key in self._rows for key, _ in todo)
+
+    def _opened(self, part: Sequence[tuple[str, str]], transform: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Key -> float32[3, H, W] of the pictures that can be read; why the others cannot is kept."""
+        pixels = {}
+        for key, source in part:
+            try:
+                opened = open_image(source)
+                try:
+                    pixels[key] = transform(opened)
+                except DataError as error:
+                    raise DataError(f"{source}: {error}") from error
+            except DataError as error:
+                self.unreadable[key] = error
+        return pixels
+
+    def check(self, images: Sequence[Image]) -> None:
+        """Raise the `DataError` of the first image that could not be read."""
+        for image in images:
+            error = self.unreadable.get(self._key(str(image.source)))
+            if error:
+                raise error
 
     def read(self, images: Sequence[Image]) -> Tensor:
-        """[N, P, Dv] in the encoder's dtype, for images that `fill` has seen."""
-        data = np.memmap(self.folder / "features.bin", self._storage, "r").reshape(-1, *self.row_shape)
-        rows = np.array(data[[self._rows[self._key(str(image.source))] for image in images]])
+        """[N, P, Dv] in the encoder's dtype, for images that `fill` has seen; zeros for one that cannot be read."""
+        rows = np.zeros((len(images), *self.row_shape), self._storage)
+        stored = [(i, row) for i, image in enumerate(images) if (row := self._row(image)) is not None]
+        if stored:
+            data = np.memmap(self.folder / "features.bin", self._storage, "r").reshape(-1, *self.row_shape)
+            rows[[i for i, _ in stored]] = data[[row for _, row in stored]]
         tensor = torch.from_numpy(rows)
         return tensor if self.dtype is torch.float32 else tensor.view(self.dtype)
 
+    def _row(self, image: Image) -> int | None:
+        key = self._key(str(image.source))
+        return None if key in self.unreadable else self._rows[key]
+
     def _key(self, source: str) -> str:
+        """The sha256 of a picture; of a file that cannot be read at all its path, and the reason is kept."""
         if source not in self._keys:
-            self._keys[source] = _sha256(source)
+            try:
+                self._keys[source] = _sha256(source)
+            except DataError as error:
+                self._keys[source], self.unreadable[source] = source, error
         return self._keys[source]
 
     def _to_storage(self, features: Tensor) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmft.errors import DataError
 from mmft.modeling import attention
 from mmft.modeling.lora import base_of
+from mmft.modeling.sequence import Stretch
 from mmft.types import IGNORE_INDEX
 
 PARTS = ("llm", "projector", "vision")
@@ -61,6 +62,9 @@ class LlavaModel(nn.Module):
         self.llm, self.vision, self.projector = llm, vision, projector
         self.image_id, self.feature_shape, self.pixel_shape = image_id, feature_shape, pixel_shape
         self.dtype, self.layout = dtype, layout
+        self.num_datasets = 1  # of `dataset_ids`
+        self.stretch: Stretch | None = None  # several processes share each row
+        self.lockstep = False  # weights are sharded: every rank must run every part, also where a batch has no picture
 
     @property
     def causal_lm(self) -> Any:
@@ -70,8 +74,13 @@ class LlavaModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        device: torch.device = self.causal_lm.get_input_embeddings().weight.device
+        device: torch.device = next(self.get_input_embeddings().parameters()).device
         return device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings: transformers' Trainer puts NEFTune's noise on their output, so on no picture feature."""
+        embeddings: nn.Module = self.causal_lm.get_input_embeddings()
+        return embeddings
 
     @property
     def vision_trains(self) -> bool:
@@ -101,6 +110,12 @@ class LlavaModel(nn.Module):
         with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             features: Tensor = self.vision(pixel_values.to(self.device, self._vision_dtype()))
         return features
+
+    @torch.no_grad()
+    def picture_features(self, pixel_values: Tensor) -> Tensor:
+        """As `encode_images`, for who asks the model something: an entry of its own, as `forward` and `generate`."""
+        with self.autocast():
+            return self.encode_images(pixel_values)
 
     def _vision_dtype(self) -> torch.dtype:
         assert self.vision is not None
@@ -134,9 +149,10 @@ class LlavaModel(nn.Module):
         """
         assert self.projector is not None
         trained = [p for p in self.projector.parameters() if p.requires_grad]
-        if not (self.training and torch.is_grad_enabled() and (trained or self.vision_trains)):
+        needed = self.training and torch.is_grad_enabled() and (trained or self.vision_trains)
+        if not (needed or self.lockstep):
             return embeds
-        if self.vision_trains and self.pixel_shape:
+        if (self.vision_trains or self.lockstep) and self.pixel_shape:
             features = self.encode_images(torch.zeros(1, *self.pixel_shape))
         else:
             assert self.feature_shape is not None
@@ -153,14 +169,16 @@ class LlavaModel(nn.Module):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        dataset_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`{"loss"}` with labels, `{"logits"}` float[B, T, V] without.
 
         The loss is the sum over labelled tokens divided by `num_items_in_batch` (their number in the whole optimizer
         step), or by their number in this batch. Logits are computed where there is a label, and nowhere else.
+        `dataset_ids` int64[B, T] asks for "dataset_sums" too: float[2, num_datasets] summed losses and targets of each.
         """
         with self.autocast():
-            inputs = {
+            inputs: dict[str, Any] = {
                 "inputs_embeds": self.embed(input_ids, pixel_values, image_features),
                 "attention_mask": attention_mask,
                 "position_ids": position_ids,
@@ -171,8 +189,20 @@ class LlavaModel(nn.Module):
             if labels is None:
                 return {"logits": self.causal_lm(**inputs).logits}
             targets = labels[:, 1:]
+            sources = None if dataset_ids is None else dataset_ids[:, 1:]
+            if self.stretch is not None and self.training and position_ids is not None:
+                positions = self.stretch.positions(position_ids)
+                inputs |= attention.document_limits(positions) | {"stretch": self.stretch}
+                inputs |= {"position_ids": self.stretch.own(positions)}
+                inputs |= {"inputs_embeds": self.stretch.own(inputs["inputs_embeds"])}
+                targets = self.stretch.own_next(labels, IGNORE_INDEX)
+                sources = None if dataset_ids is None else self.stretch.own_next(dataset_ids, 0)
             keep = torch.nonzero((targets != IGNORE_INDEX).any(dim=0)).flatten()
             logits = self.causal_lm(**inputs, logits_to_keep=keep).logits
+            if sources is not None:
+                return losses_by_dataset(
+                    logits, targets[:, keep], num_items_in_batch, sources[:, keep], self.num_datasets
+                )
             return {"loss": token_mean(logits, targets[:, keep], num_items_in_batch)}
 
     @torch.no_grad()
@@ -185,9 +215,15 @@ class LlavaModel(nn.Module):
         image_features: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """int64[B, new tokens]: transformers' `generate` on the embedded prompt; padding, if any, is on the left."""
+        """int64[B, new tokens]: transformers' `generate` on the embedded prompt; padding, if any, is on the left.
+
+        Of a prompt whose beginning is in `past_key_values`, an option, only the rest is embedded and run; pictures are
+        then those of the rest.
+        """
+        past = options["past_key_values"].get_seq_length() if options.get("past_key_values") is not None else 0
         with self.autocast(), attention.for_generation(self.causal_lm):
-            embeds = self.embed(input_ids.to(self.device), pixel_values, image_features)
+            embeds = self.embed(input_ids[:, past:].to(self.device), pixel_values, image_features)
+            embeds = F.pad(embeds, (0, 0, past, 0))  # generate wants the whole prompt, and cuts off what is cached
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             generated: Tensor = self.causal_lm.generate(
@@ -201,3 +237,21 @@ def token_mean(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) 
     total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     count = num_items if num_items is not None else (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def losses_by_dataset(
+    logits: Tensor, targets: Tensor, num_items: Tensor | int | None, dataset_ids: Tensor, num_datasets: int
+) -> dict[str, Tensor]:
+    """`token_mean`, and beside it "dataset_sums" float[2, D], without gradient: summed loss and targets of each.
+
+    The losses of single tokens exist on the way to their sum; adding them up by dataset reads them once more.
+    """
+    places, flat = dataset_ids.flatten(), targets.flatten()
+    losses = F.cross_entropy(logits.float().flatten(0, 1), flat, ignore_index=IGNORE_INDEX, reduction="none")
+    labelled = flat != IGNORE_INDEX
+    count = num_items if num_items is not None else labelled.sum().clamp(min=1)
+    sums = losses.new_zeros(2, num_datasets)
+    sums[0].index_add_(0, places, losses.detach())
+    sums[1].index_add_(0, places, labelled.to(sums.dtype))
+    loss = losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
+    return {"loss": loss, "dataset_sums": sums}

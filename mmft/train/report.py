@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any
 
 from mmft.config import TrainConfig
 from mmft.config.load import dump_config
+from mmft.data.bad_samples import drop_from
 from mmft.data.store import Drop
 from mmft.modeling.build import TABLE_COLUMNS
-from mmft.train.callbacks import duration
+from mmft.train.plot import draw, smoothed, training, validation
+from mmft.train.progress import duration
 
-PACKAGES = ("mmft", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+log = logging.getLogger("mmft")
+PACKAGES = ("mmft", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 MAX_DROPS = 20
 MAX_COLUMNS = 5  # sample steps shown side by side
 
@@ -34,15 +38,28 @@ class Facts:
 
 
 def write_report(facts: Facts, *, state: str) -> None:
-    """Write report.html and loss.png into the run's folder, from what is on disk."""
+    """Write report.html and loss.png into the run's folder, from what is on disk. Its failure never ends a run.
+
+    `state` says how the run stands; while it begins with "running" the curves are drawn once, not for dark screens too.
+    """
+    try:
+        _write(facts, state)
+    except Exception as error:  # the weights are what counts; the run's files have everything the page shows
+        log.warning("report.html could not be written: %s: %s", type(error).__name__, error)
+        log.debug("its traceback", exc_info=True)
+
+
+def _write(facts: Facts, state: str) -> None:
     import jinja2
 
     folder = facts.config.runtime.output_dir
     metrics = read_metrics(folder / "metrics.jsonl")
-    plot = draw(metrics) if metrics else b""
-    if plot:
-        (folder / "loss.png").write_bytes(plot)
+    plots = []
+    if training(metrics):
+        plots = [draw(metrics, dark=dark) for dark in (False, True)[: 1 if state.startswith("running") else 2]]
+        (folder / "loss.png").write_bytes(plots[0])
     steps, samples = _samples(folder / "samples")
+    drops, num_drops = _drops(folder / "dropped.jsonl", facts.drops)
     template = files("mmft.train").joinpath("report.html.jinja").read_text("utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template)
     html = page.render(
@@ -50,18 +67,20 @@ def write_report(facts: Facts, *, state: str) -> None:
         where=str(folder),
         state=state,
         cards=_cards(metrics),
-        plot=_data_url(plot) if plot else "",
+        plots=[_data_url(plot) for plot in plots],
+        datasets=_datasets(metrics),
         samples=samples,
         sample_steps=steps,
         columns=TABLE_COLUMNS,
         modules=facts.modules,
         data=facts.data,
-        drops=list(facts.drops)[:MAX_DROPS],
+        drops=drops,
+        num_drops=num_drops,
         environment=[*((name, _version(name)) for name in PACKAGES), ("python", platform.python_version()),
                      ("device", facts.device), ("machine", platform.platform())],
         config=dump_config(facts.config),
     )  # fmt: skip
-    (folder / "report.html").write_text(html, "utf-8")
+    (folder / "report.html").write_text(html, "utf-8", errors="replace")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -72,54 +91,49 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _cards(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    if not metrics:
+    steps, evaluated = training(metrics), validation(metrics)
+    if not steps:
         return []
-    last = metrics[-1]
-    rates = [line["tokens_per_second"] for line in metrics[1:] or metrics]
+    last = steps[-1]
+    rates = [line["tokens_per_second"] for line in steps[1:] or steps]
+    now = smoothed([line["loss"] for line in steps])[-1]
+    cards = [
+        (f"{now:.4f}", f"loss, smoothed, at step {last['step']:,}"),
+        (f"{steps[0]['loss']:.4f}", "loss at the start"),
+    ]
+    if evaluated:
+        best = min(evaluated, key=lambda line: line["validation_loss"])
+        cards.append((f"{best['validation_loss']:.4f}", f"best validation loss, at step {best['step']:,}"))
+        cards.append((f"{best['perplexity']:,.2f}", "perplexity there"))
     return [
-        (f"{last['loss']:.4f}", f"loss at step {last['step']:,}"),
-        (f"{metrics[0]['loss']:.4f}", "loss at the start"),
+        *cards,
         (duration(last["seconds"]), "time"),
         (f"{sum(rates) / len(rates):,.0f}", "tokens a second"),
         (f"{last['memory_gb']:.2f} GB", "memory at its highest"),
     ]
 
 
-def draw(metrics: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG of loss (raw and smoothed), learning rate, gradient norm and throughput."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _datasets(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Number, data set, its last training and validation loss; empty where nothing is told by data set.
 
-    steps = [line["step"] for line in metrics]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (
-        ("loss", "loss"),
-        ("learning rate", "lr"),
-        ("gradient norm", "grad_norm"),
-        ("tokens a second", "tokens_per_second"),
-    )
-    for axes, (title, key) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = [line.get(key) for line in metrics]
-        axes.plot(steps, values, color="#9db7e8" if key == "loss" else "#2f6fde", linewidth=1.4)
-        if key == "loss":
-            axes.plot(steps, smoothed([line["loss"] for line in metrics]), color="#2f6fde", linewidth=2)
-            axes.set_ylim(bottom=0)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    The curves use the number where no font at hand can write the name.
+    """
+    trained: dict[str, float] = next((m["loss_by_dataset"] for m in reversed(metrics) if m.get("loss_by_dataset")), {})
+    key = "validation_loss_by_dataset"
+    evaluated: dict[str, float] = next((m[key] for m in reversed(metrics) if m.get(key)), {})
+    rows = [(name, trained.get(name), evaluated.get(name)) for name in sorted({*trained, *evaluated})]
+    return [
+        (str(number), name, *("" if loss is None else f"{loss:.4f}" for loss in losses))
+        for number, (name, *losses) in enumerate(rows, 1)
+    ]
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    result, average = [], 0.0
-    for n, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**n))
-    return result
+def _drops(path: Path, known: Sequence[Drop]) -> tuple[list[Drop], int]:
+    """The first records that were not trained as given, and how many; dropped.jsonl has those found later too."""
+    if not path.is_file():
+        return list(known)[:MAX_DROPS], len(known)
+    lines = [line for line in path.read_text("utf-8", errors="replace").splitlines() if line]
+    return [drop_from(line) for line in lines[:MAX_DROPS]], len(lines)
 
 
 def _samples(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
@@ -132,16 +146,21 @@ def _samples(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
     columns = [json.loads(path.read_text("utf-8")) for path in paths]
     rows = []
     for i, asked in enumerate(columns[-1] if columns else []):
-        answers = [column[i]["answer"] if i < len(column) else "" for column in columns]
+        answers = [column[i] if i < len(column) else {"answer": ""} for column in columns]
         rows.append({"text": asked["text"], "images": [_thumbnail(p) for p in asked["images"]], "answers": answers})
     return steps, rows
 
 
 def _thumbnail(path: str) -> str:
+    """A data URL, or an empty string where the picture cannot be read (any more)."""
+    from mmft.errors import DataError
     from mmft.images import open_image
 
-    image = open_image(path)
-    image.thumbnail((160, 160))
+    try:
+        image = open_image(path)
+    except (DataError, OSError):
+        return ""
+    image.thumbnail((240, 160))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return _data_url(buffer.getvalue())

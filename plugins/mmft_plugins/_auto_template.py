@@ -6,17 +6,17 @@ Jinja gives one string and says neither what in it is trained nor what is data. 
   message, and as it is. Where putting the parts for the sentinels, perhaps stripped, gives the second text from the
   first, the parts are data and cannot forge control tokens. A template that rewrites contents fails this; then the
   whole text is markup, and a content that spells a control token is refused.
-* **Mask.** Where the template marks answers with `{% generation %}` blocks, one a turn, those are what is trained: less
-  the prompt's own end where a block begins before it, through the control token that ends the turn. Else the prompt of
-  turn k, as the template writes it for inference, must be a prefix of the conversation up to k, and that, up to the
-  control token that ends the turn, a prefix of the whole. What lies between is trained.
+* **Mask.** Found in the rendering with sentinels, or in the text where that is all markup (`_auto_mask`).
+
+What was found with sentinels holds for every conversation of the same shape (roles, kinds of parts, calls, tools) and
+is remembered as a `Plan`. Each conversation then costs one rendering: its own, held against the plan.
 """
 
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,31 +24,43 @@ from typing import Any
 from mmft.errors import DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Image, Message, Segment, Text
+from mmft_plugins._auto_mask import (
+    FIRST_SENTINEL,
+    OwnFormat,
+    Parts,
+    Span,
+    jinja_text,
+    messages_of,
+    parts_of,
+    trained_spans,
+)
+from mmft_plugins._tools import numbered
 
 logger = logging.getLogger(__name__)
 
-FIRST_SENTINEL = 0xF0000  # plane 15, private use: 65,534 characters that no text has
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ANY_SENTINEL = re.compile("[\U000f0000-\U000ffffd]")
-PROBE = Conversation(
-    tuple(Message(role, (Text("x"),)) for role in ("user", "assistant", "user", "assistant")),
-)
-PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+PROBE = Conversation(tuple(Message(role, (Text("x"),)) for role in ("user", "assistant", "user", "assistant")))
+KNOWN_SHAPES, KNOWN_LENGTH = 500, 100_000  # plans that are remembered, and the characters of one: tools may be huge
+CHATML_INSTEAD = "choose 'chatml' with data.allow_template_difference=True"
+LOSES_IMAGE = "chat template 'auto': this tokenizer's template loses or repeats an image; choose 'chatml'"
 
-Contents = list[Text | Image]
-Span = tuple[int, int]
+Cut = tuple[Segment | tuple[int, bool], ...]  # a segment, or the number of a slot and whether it is trained
+Shape = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class OwnFormat:
-    """What is known of a tokenizer: `special` is what data must not spell, `added` is what may end a turn."""
+class Plan:
+    """What conversations of one shape share.
 
-    tokenizer: Any
-    special: re.Pattern[str]
-    added: re.Pattern[str]
-    tools: bool = False
-    blocks: bool = False
-    prompt: str = ""
+    Rendered with sentinels they give `before`, then for each of `slots` the part of that number and the text after it.
+    `cut` numbers the slots. `refusal` says why an answer cannot be trained.
+    """
+
+    before: str
+    slots: tuple[tuple[int, str], ...]
+    cut: Cut
+    keeps_images: bool
+    refusal: str
 
 
 def render_unbound(conversation: Conversation, /, *, generation_prompt: bool = False) -> list[Segment]:
@@ -66,244 +78,199 @@ def bind_auto(tokenizer: Any) -> ChatTemplate:
             "chat template 'auto': the tokenizer has no chat_template (a base model?); choose one by name, "
             "such as 'chatml' or 'vicuna' (mmft plugins lists them)"
         )
-    added = list(tokenizer.added_tokens_decoder.values())
-    special = _any_of(str(token) for token in added if token.special)
-    own = OwnFormat(tokenizer, special, _any_of(str(token) for token in added))
-    template = str(tokenizer.get_chat_template())
-    own = replace(own, tools=_knows_tools(own), blocks=bool(GENERATION.search(template)), prompt=_own_prompt(own))
-    if "strftime_now" in template:
+    own, plans = OwnFormat.of(tokenizer), dict[Shape, Plan]()
+    if own.dated:
         logger.warning(
             "chat template 'auto': this tokenizer's template writes today's date (strftime_now), so the same data "
             "gives other tokens tomorrow and is prepared anew; choose a template by name for a fixed date"
         )
-    segments = render_auto(own, PROBE)
+    segments = render_auto(own, plans, PROBE)
     starts = [after for before, after in pairwise([Segment(""), *segments]) if after.loss and not before.loss]
-    if len(starts) < 2:
-        logger.warning(
-            "chat template 'auto': this tokenizer's template rewrites earlier turns, so only the last answer of each "
-            "conversation is trained; choose another template, such as 'chatml', to train every answer"
-        )
     ends = [str(s.content) for s in segments if s.loss and s.markup and isinstance(s.content, str)]
     end = list(own.added.finditer(ends[-1]))[-1][0]
     return ChatTemplate(
         name="auto",
-        render=partial(render_auto, own),
+        render=partial(render_auto, own, plans),
         stop=tuple(dict.fromkeys(token for token in (end, tokenizer.eos_token) if token)),
         supports_tools=own.tools,
         source="the tokenizer's own chat_template",
+        rewrites_history=len(starts) < 2,
     )
 
 
-def render_auto(own: OwnFormat, conversation: Conversation, /, *, generation_prompt: bool = False) -> list[Segment]:
+def render_auto(
+    own: OwnFormat, plans: dict[Shape, Plan], conversation: Conversation, /, *, generation_prompt: bool = False
+) -> list[Segment]:
     """Render with the tokenizer's template; where only the last turn's mask is certain, train that turn alone.
 
     Raises `DataError` where the template refuses the conversation, would lose a part of it, or where the mask of the
-    last turn is not certain either. A prompt (`generation_prompt`) is not refused for the sake of its mask.
+    last turn is not certain either. A prompt (`generation_prompt`) is not refused for the sake of its mask. `plans`
+    fills with what is known of each shape.
     """
-    parts = [part for message in conversation.messages for part in message.parts if part != Text("")]
-    marks = {chr(FIRST_SENTINEL + number): part for number, part in enumerate(parts)}
-    masked, real = _messages(conversation, mask=True), _messages(conversation, mask=False)
+    parts = [part for message in conversation.messages for part in parts_of(message)]
     tools = [dict(tool) for tool in conversation.tools]
-    if not own.tools and (tools or any("tool_calls" in m or m["role"] == "tool" for m in masked)):
-        raise DataError("chat template 'auto': this tokenizer's template ignores tools; choose 'chatml'")
-    whole, written = (_jinja(own, messages, tools, generation_prompt) for messages in (masked, real))
-    contents, messages = _contents(whole, written, marks), masked
-    as_markup = [json.dumps([tools, [m.get("tool_calls") for m in masked]], ensure_ascii=False)]
+    if not own.tools and (tools or any(m.tool_calls or m.role == "tool" for m in conversation.messages)):
+        raise DataError(f"chat template 'auto': this tokenizer's template ignores tools; {CHATML_INSTEAD}")
+    conversation, written = _written(own, conversation, tools, generation_prompt)
+    shape = _shape(conversation, generation_prompt)
+    plan = plans.get(shape)
+    contents = _contents(plan, written, parts) if plan else None
+    if plan is None or (contents is None and own.dated):  # or it is another day now
+        plan = _plan(own, conversation, parts, tools, generation_prompt)
+        contents = _contents(plan, written, parts)
+        _remember(plans, shape, plan)
     if contents is None:
-        as_markup += [part.text for part in parts if isinstance(part, Text)]
-        marks = {mark: part for mark, part in marks.items() if isinstance(part, Image)}
-        whole, messages, contents = written, real, [marks[mark] for mark in written if mark in marks]
-    for text in as_markup:
-        if found := own.special.search(text) or ANY_SENTINEL.search(text):
-            raise DataError(
-                f"chat template 'auto': data spells the control token {found[0]!r} where this tokenizer's template "
-                "does not keep data apart; take it out of the data or choose another template"
-            )
-    if [part for part in contents if isinstance(part, Image)] != list(conversation.images):
-        raise DataError("chat template 'auto': this tokenizer's template loses or repeats an image; choose 'chatml'")
-    whole = whole.rstrip(" ") if generation_prompt else whole  # the space belongs to the answer
-    spans = _trained_spans(own, conversation, messages, tools, whole, strict=not generation_prompt)
-    return _segments(whole, marks, contents, spans)
+        return _render_as_markup(own, conversation, written, parts, tools, generation_prompt)
+    if not plan.keeps_images:
+        raise DataError(LOSES_IMAGE)
+    if plan.refusal:
+        raise DataError(plan.refusal)
+    return _filled(plan.cut, contents)
 
 
-def _messages(conversation: Conversation, *, mask: bool) -> list[dict[str, Any]]:
-    """The messages as transformers' templates take them; an image is a sentinel in either case."""
-    messages: list[dict[str, Any]] = []
-    number = 0
-    for message in conversation.messages:
-        content = ""
-        for part in message.parts:
-            if part != Text(""):
-                content += part.text if isinstance(part, Text) and not mask else chr(FIRST_SENTINEL + number)
-                number += 1
-        calls = [
-            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in message.tool_calls
-        ]
-        messages.append({"role": message.role, "content": content, **({"tool_calls": calls} if calls else {})})
-    return messages
-
-
-def _jinja(own: OwnFormat, messages: Sequence[Mapping[str, Any]], tools: list[Any], generation_prompt: bool) -> str:
-    if not messages:
-        return ""
+def _written(
+    own: OwnFormat, conversation: Conversation, tools: list[Any], generation_prompt: bool
+) -> tuple[Conversation, str]:
+    """What the template writes; one that refuses calls, as Mistral's does without ids of its form, gets such ids."""
     try:
-        text = own.tokenizer.apply_chat_template(
-            list(messages), tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # a template may raise anything: TemplateError, but TypeError or KeyError as well
-        raise DataError(
-            f"chat template 'auto': this tokenizer's template refuses the conversation: {type(error).__name__}: {error}"
-        ) from error
-    return str(text)
-
-
-def _contents(masked: str, real: str, marks: Mapping[str, Text | Image]) -> Contents | None:
-    """What each sentinel of `masked` stands for in `real`; None where the two texts do not agree about the rest."""
-    pieces = re.split(f"([{''.join(marks)}])", masked) if marks else [masked]
-    if not real.startswith(pieces[0]):
-        return None
-    contents: Contents = []
-    position = len(pieces[0])
-    for mark, after in zip(pieces[1::2], pieces[2::2], strict=True):
-        part = marks[mark]
-        text = part.text if isinstance(part, Text) else mark
-        forms = (text, text.lstrip(), text.rstrip(), text.strip())
-        form = next((form for form in forms if real.startswith(form + after, position)), None)
-        if form is None:
-            return None
-        contents.append(Text(form) if isinstance(part, Text) else part)
-        position += len(form + after)
-    return contents if position == len(real) else None
-
-
-def _trained_spans(
-    own: OwnFormat,
-    conversation: Conversation,
-    messages: list[dict[str, Any]],
-    tools: list[Any],
-    whole: str,
-    *,
-    strict: bool,
-) -> list[Span]:
-    """Where the trained answers lie in `whole`: all of them, or the last where the template rewrites earlier ones."""
-    turns = [k for k, message in enumerate(conversation.messages) if message.is_trained]
-    marked = _marked_spans(own, messages, tools, whole) if own.blocks else None
-    if marked is not None and all(k in marked for k in turns):
-        return [marked[k] for k in turns]
-    spans = [_span(own, messages, tools, k, whole) for k in turns]
-    certain = [span for span in spans if not isinstance(span, str)]
-    if len(certain) == len(spans):
-        return certain
-    if certain and certain[-1] == spans[-1]:
-        return certain[-1:]
-    if not strict:
-        return []
-    raise DataError(
-        f"chat template 'auto': messages[{turns[-1]}] cannot be trained: {spans[-1]}; choose another template"
-    )
-
-
-def _marked_spans(
-    own: OwnFormat, messages: list[dict[str, Any]], tools: list[Any], whole: str
-) -> dict[int, Span] | None:
-    """By number of the message, what the template's generation blocks mark; None where they are not one an answer."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        return {}
-    rendered, marked = render_jinja_template(
-        conversations=[messages],
-        tools=tools or None,
-        chat_template=own.tokenizer.get_chat_template(tools=tools or None),
-        return_assistant_tokens_mask=True,
-        **own.tokenizer.special_tokens_map,
-    )
-    if len(marked[0]) != len(answers) or not whole.startswith(rendered[0]):
-        return None
-    spans = (_closed(own, whole, start, stop) for start, stop in marked[0])
-    return {k: span for k, span in zip(answers, spans, strict=True) if span}
-
-
-def _closed(own: OwnFormat, whole: str, start: int, stop: int) -> Span | None:
-    """A block from the end of the turn's prompt through the control token that ends the turn, in the block or next."""
-    for end in range(start, min(stop, start + len(own.prompt)) + 1):
-        if whole.endswith(own.prompt, 0, end):
-            start = end
-            break
-    else:
-        return None
-    ends = list(own.special.finditer(whole, start, stop)) or list(own.added.finditer(whole, start, stop))
-    if ends and not whole[ends[-1].end() : stop].strip():
-        return start, ends[-1].end()
-    after = own.special.match(whole, stop) or own.added.match(whole, stop)
-    return (start, after.end()) if after else None
-
-
-def _own_prompt(own: OwnFormat) -> str:
-    """What the template writes to ask for an answer; empty where that cannot be told."""
-    question = _messages(Conversation(PROBE.messages[:1]), mask=False)
-    try:
-        asked, told = (_jinja(own, question, [], prompt) for prompt in (True, False))
+        return conversation, jinja_text(own, messages_of(conversation, mask=False), tools, generation_prompt)
     except DataError:
-        return ""
-    return asked[len(told) :].rstrip(" ") if asked.startswith(told) else ""
+        given = numbered(conversation)
+        if given == conversation:
+            raise
+        try:
+            return given, jinja_text(own, messages_of(given, mask=False), tools, generation_prompt)
+        except DataError:  # it was not the ids
+            pass
+        raise
 
 
-def _span(own: OwnFormat, messages: list[dict[str, Any]], tools: list[Any], k: int, whole: str) -> Span | str:
-    """From the end of turn k's prompt to the control token that ends the turn, or why that is not certain."""
-    if messages[k]["role"] != "assistant":
-        return "'auto' can train the assistant's messages only"
-    if k == 0:
-        return "the conversation begins with it, and the template has no prompt for that"
-    try:
-        prompt = _jinja(own, messages[:k], tools, True).rstrip(" ")
-        upto = _jinja(own, messages[: k + 1], tools, False)
-    except DataError as error:
-        return f"its prompt cannot be rendered alone ({error})"
-    if not upto.startswith(prompt):
-        return f"its prompt (…{prompt[-40:]!r}) is not a prefix of the template's text of the turn"
-    answer = upto[len(prompt) :]
-    ends = list(own.special.finditer(answer)) or list(own.added.finditer(answer))
-    if not ends or answer[ends[-1].end() :].strip():
-        return "the template ends it with no control token, so a model would not learn to stop"
-    if "tool_calls" not in messages[k]:  # a text ends at the first: Phi-3-small writes <|end|>, then <|endoftext|>
-        while len(ends) > 1 and not answer[ends[-2].end() : ends[-1].start()].strip():
-            ends.pop()
-    end = len(prompt) + ends[-1].end()
-    if not whole.startswith(upto[:end]):
-        return "the template writes it otherwise when other messages follow"
-    return len(prompt), end
+def _shape(conversation: Conversation, generation_prompt: bool) -> Shape:
+    """All that the rendering with sentinels and the mask depend on."""
+    turns = [
+        (
+            message.role,
+            message.is_trained,
+            "".join("i" if isinstance(part, Image) else "t" for part in parts_of(message)),
+            bool(message.reasoning),
+            repr(message.tool_calls) if message.tool_calls else "",
+            message.call_id,
+        )
+        for message in conversation.messages
+    ]
+    return (generation_prompt, repr(conversation.tools) if conversation.tools else "", *turns)
 
 
-def _segments(whole: str, marks: Mapping[str, Text | Image], contents: Contents, spans: list[Span]) -> list[Segment]:
+def _remember(plans: dict[Shape, Plan], shape: Shape, plan: Plan) -> None:
+    if len(plans) >= KNOWN_SHAPES:
+        plans.clear()
+    if len(plan.before) + sum(len(after) for _, after in plan.slots) <= KNOWN_LENGTH:
+        plans[shape] = plan
+
+
+def _plan(own: OwnFormat, conversation: Conversation, parts: Parts, tools: list[Any], generation_prompt: bool) -> Plan:
+    """Render with sentinels, and find the answers there.
+
+    Raises `DataError` where the template refuses the conversation, or a tool or a call forges a control token.
+    """
+    masked = messages_of(conversation, mask=True)
+    whole = jinja_text(own, masked, tools, generation_prompt)
+    calls = [(m.get("tool_calls"), m.get("tool_call_id")) for m in masked]
+    _refuse_forged(own, json.dumps([tools, calls], ensure_ascii=False))
+    marks = {chr(FIRST_SENTINEL + number): number for number in range(len(parts))}
+    pieces = re.split(f"([{''.join(marks)}])", whole) if marks else [whole]
+    slots = tuple((marks[mark], after) for mark, after in zip(pieces[1::2], pieces[2::2], strict=True))
+    images = [number for number, part in enumerate(parts) if isinstance(part, Image)]
+    keeps_images = [number for number, _ in slots if isinstance(parts[number], Image)] == images
+    asked = _asked(whole, generation_prompt)
+    spans, refusal = trained_spans(own, conversation, masked, tools, asked)
+    refusal = refusal or _loses_text(masked, whole)
+    return Plan(pieces[0], slots, _cut(asked, marks, spans), keeps_images, "" if generation_prompt else refusal)
+
+
+def _loses_text(masked: list[dict[str, Any]], whole: str) -> str:
+    """Why a text beside a call cannot be trained: Llama 3.1's and Mistral's own templates leave it out."""
+    for number, message in enumerate(masked):
+        if message.get("tool_calls") and not all(sentinel in whole for sentinel in message["content"]):
+            return (
+                f"chat template 'auto': messages[{number}]: this tokenizer's template leaves out the text beside a "
+                f"call; take one of them out, or {CHATML_INSTEAD}"
+            )
+    return ""
+
+
+def _render_as_markup(
+    own: OwnFormat, conversation: Conversation, written: str, parts: Parts, tools: list[Any], generation_prompt: bool
+) -> list[Segment]:
+    """The conversation where the template changes contents: all its text is markup, so no text may forge any."""
+    for part in parts:
+        if isinstance(part, Text):
+            _refuse_forged(own, part.text)
+    images = {chr(FIRST_SENTINEL + n): part for n, part in enumerate(parts) if isinstance(part, Image)}
+    contents: Parts = [images[mark] for mark in written if mark in images]
+    if contents != list(conversation.images):
+        raise DataError(LOSES_IMAGE)
+    whole = _asked(written, generation_prompt)
+    spans, refusal = trained_spans(own, conversation, messages_of(conversation, mask=False), tools, whole)
+    if refusal and not generation_prompt:
+        raise DataError(refusal)
+    return _filled(_cut(whole, images, spans), contents)
+
+
+def _asked(whole: str, generation_prompt: bool) -> str:
+    """A prompt without the space at its end, which belongs to the answer."""
+    return whole.rstrip(" ") if generation_prompt else whole
+
+
+def _refuse_forged(own: OwnFormat, text: str) -> None:
+    if found := own.special.search(text) or ANY_SENTINEL.search(text):
+        raise DataError(
+            f"chat template 'auto': data spells the control token {found[0]!r} where this tokenizer's template "
+            "does not keep data apart; take it out of the data or choose another template"
+        )
+
+
+def _contents(plan: Plan, written: str, parts: Parts) -> Parts | None:
+    """What stands in each slot of the plan; None where the two texts do not agree about the rest."""
+    if not written.startswith(plan.before):
+        return None
+    contents: Parts = []
+    position = len(plan.before)
+    for number, after in plan.slots:
+        part = parts[number]
+        text = part.text if isinstance(part, Text) else chr(FIRST_SENTINEL + number)
+        if not written.startswith(text, position) or not written.startswith(after, position + len(text)):
+            forms = (text.lstrip(), text.rstrip(), text.strip())
+            stripped = next((form for form in forms if written.startswith(form + after, position)), None)
+            if stripped is None:
+                return None
+            text = stripped
+            part = Text(text) if isinstance(part, Text) else part
+        contents.append(part)
+        position += len(text) + len(after)
+    return contents if position == len(written) else None
+
+
+def _cut(whole: str, marks: Container[str], spans: list[Span]) -> Cut:
     """The text cut at sentinels and where the loss changes."""
     at = [position for position, character in enumerate(whole) if character in marks]
     edges = {0, len(whole), *at, *(position + 1 for position in at), *(edge for span in spans for edge in span)}
-    data = dict(zip(at, contents, strict=True))
-    segments = []
+    slots = {position: slot for slot, position in enumerate(at)}
+    cut: list[Segment | tuple[int, bool]] = []
     for start, stop in pairwise(sorted(edges)):
         loss = any(first <= start < end for first, end in spans)
-        part = data.get(start)
-        if isinstance(part, Image):
-            segments.append(Segment(part))
-        elif part is not None:
-            segments.append(Segment(part.text, loss))
+        cut.append((slots[start], loss) if start in slots else Segment(whole[start:stop], loss, markup=True))
+    return tuple(cut)
+
+
+def _filled(cut: Cut, contents: Parts) -> list[Segment]:
+    """The segments, with the data in its places."""
+    segments = []
+    for piece in cut:
+        if isinstance(piece, Segment):
+            segments.append(piece)
         else:
-            segments.append(Segment(whole[start:stop], loss, markup=True))
+            slot, loss = piece
+            part = contents[slot]
+            segments.append(Segment(part) if isinstance(part, Image) else Segment(part.text, loss))
     return segments
-
-
-def _knows_tools(own: OwnFormat) -> bool:
-    """Whether the template writes anything else when it is given a tool."""
-    question = _messages(Conversation(PROBE.messages[:1]), mask=False)
-    try:
-        return _jinja(own, question, [PROBE_TOOL], False) != _jinja(own, question, [], False)
-    except DataError:
-        return False
-
-
-def _any_of(spellings: Any) -> re.Pattern[str]:
-    longest_first = sorted(set(spellings), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mmft.errors import DataError
 from mmft.types import Conversation, Message, Role, Segment, Text
 from mmft_plugins._tools import TOOLS_AFTER, TOOLS_BEFORE, markup, tool_block, tool_calls, tool_result
 from mmft_plugins.templates import content, refuse_tools, stripped
@@ -43,6 +44,7 @@ class Family:
     tool: Around | None = None
     hermes: Around | None = None
     thinks: bool = False  # an answer may begin with a block of thoughts, which no line break parts from a call
+    own_tools: bool = False  # the model's own template knows tools, though this row does not
     end_opens_user: bool = False  # the token that ends an answer is the one that begins the next question
 
 
@@ -73,7 +75,7 @@ def render_family(
     Raises `DataError` where the conversation has tools and the format has no form for them.
     """
     if not form.hermes and not form.tool:
-        refuse_tools(form.name, conversation)
+        _refuse_tools(form, conversation)
     conversation = prepare(conversation) if prepare else conversation
     edged = tuple(stripped(m) if m.role in form.strips else m for m in conversation.messages)
     messages = with_system(form, replace(conversation, messages=edged))
@@ -98,6 +100,22 @@ def render_family(
             before = before.removeprefix(form.end)
         segments += [*markup(before), *body, *markup(after)]
     return segments + markup(form.prompt if generation_prompt else form.close)
+
+
+def _refuse_tools(form: Family, conversation: Conversation) -> None:
+    """Raise `DataError` where the conversation has tools, calls or tool output, and say what works.
+
+    DeepSeek V3's own template writes calls, but not what tools there are; GLM-4's looks for them inside a message,
+    where transformers puts none; InternLM's, Gemma's, Phi's and the others' know nothing of tools.
+    """
+    if form.own_tools:
+        refuse_tools(form.name, conversation)
+    if conversation.tools or any(message.tool_calls or message.role == "tool" for message in conversation.messages):
+        raise DataError(
+            f"chat template {form.name!r} has no form for tools, and the conversation has them; its model's own "
+            "template ignores tools too, so 'auto' refuses them; choose 'chatml' with "
+            "data.allow_template_difference=True"
+        )
 
 
 def _answer(form: Family, body: Sequence[Segment], message: Message, following: Sequence[Message]) -> list[Segment]:

@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from mmft.errors import DataError
-from mmft.types import RawRecord
+from mmft.types import BadRecord, RawRecord
 from mmft_plugins._records import shown
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 BLOCK = 1 << 20  # bytes read at a time: large enough for speed, small beside a model
 BOM = codecs.BOM_UTF8
+NO_OBJECT, NOT_UTF8 = "not an object", "not UTF-8"  # the kinds of bad records: what stands before the colon
 _KINDS = {list: "a list", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
 
 
@@ -55,22 +56,26 @@ def _expand(path: Path, given: str, suffixes: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_all(found: Sequence[Path], read: Callable[[Path], Iterable[tuple[str, Any]]]) -> Iterator[RawRecord]:
+def read_all(
+    found: Sequence[Path], read: Callable[[Path], Iterable[tuple[str, Any]]]
+) -> Iterator[RawRecord | BadRecord]:
     """The records of all files, in order. `read` gives (place, record) of one file.
 
-    Raises `DataError` where a record is no object and where a file cannot be read.
+    A record that is no object is a bad one. Raises `DataError` where a file cannot be read.
     """
     for file in found:
         yield from read_one(file, read(file))
 
 
-def read_one(file: Path, records: Iterable[tuple[str, Any]]) -> Iterator[RawRecord]:
+def read_one(file: Path, records: Iterable[tuple[str, Any]]) -> Iterator[RawRecord | BadRecord]:
     """The records of one file, of which (place, record) are given; see `read_all`."""
     try:
         for place, record in records:
-            if not isinstance(record, Mapping):
-                raise DataError(f"{file} {place}: {kind(record)}, found {shown(record)}; a record is an object")
-            yield record
+            if isinstance(record, Mapping | BadRecord):
+                yield record
+            else:
+                found = f"{kind(record)}, found {shown(record)}"
+                yield BadRecord(f"{NO_OBJECT}: {file.name} {place} is {found}; a record is an object {{...}}")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
 
@@ -102,12 +107,38 @@ def text_blocks(file: Path) -> Iterator[str]:
                 return
 
 
-def not_utf8(where: str, byte: int, error: UnicodeDecodeError, detail: str = "") -> DataError:
+def not_utf8(where: str, byte: int, error: UnicodeDecodeError) -> DataError:
     """The error for bytes that are not UTF-8."""
-    return DataError(
-        f"{where}: not UTF-8 at byte {byte}{detail}: {error.reason} (found {error.object[error.start]:#04x}); "
-        "save the file as UTF-8, for example with iconv -f LATIN1 -t UTF-8"
+    return DataError(f"{where}: {NOT_UTF8} at byte {byte}: {of_bytes(error)}")
+
+
+def of_bytes(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are not UTF-8, and the remedy."""
+    encoding = encoding_of(error.object) or "LATIN1"
+    return (
+        f"{error.reason} (found {error.object[error.start]:#04x}); "
+        f"save the file as UTF-8, for example with iconv -f {encoding} -t UTF-8"
     )
+
+
+def encoding_of(start: bytes) -> str | None:
+    """The Unicode encoding other than UTF-8 whose byte-order mark a file begins with, as iconv calls it."""
+    marks = {
+        codecs.BOM_UTF32_LE: "UTF-32",
+        codecs.BOM_UTF32_BE: "UTF-32",
+        codecs.BOM_LE: "UTF-16",
+        codecs.BOM_BE: "UTF-16",
+    }
+    return next((name for mark, name in marks.items() if start.startswith(mark)), None)
+
+
+def refuse_encoding(file: Path, start: bytes) -> None:
+    """Raise `DataError` where a file says by its first bytes that it is of another Unicode encoding."""
+    if encoding := encoding_of(start):
+        raise DataError(
+            f"{file} line 1: {NOT_UTF8}: it holds the byte {start[0]:#04x}, with which {encoding} begins; "
+            f"convert it: iconv -f {encoding} -t UTF-8"
+        )
 
 
 def kind(value: Any) -> str:

@@ -58,7 +58,8 @@ class JsonReader:
                     continue
                 raise self.error(error.msg, error.pos, inside if cut_off else "") from error
             except RecursionError as error:
-                raise DataError(f"{self.file}: nested too deeply to be read") from error
+                where = f"{self.file}: {inside}" if inside else f"{self.file}"
+                raise DataError(f"{where}: nested too deeply to be read; flatten it, or take it out") from error
             if end < len(self._text) or not self._more():  # a number may go on in the next block
                 self._at = end
                 return value

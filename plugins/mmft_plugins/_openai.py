@@ -3,7 +3,8 @@
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "loss": true}]}
 
 `content` is a string, None, or a list of parts; `loss` (or `weight`, as OpenAI's fine-tuning files call it) turns the
-training of one message off or on. Format: https://platform.openai.com/docs/api-reference/chat/create.
+training of one message off or on. What an assistant thought stands in `reasoning_content` (or `thinking`, `reasoning`),
+or in parts of type "thinking". Format: https://platform.openai.com/docs/api-reference/chat/create.
 """
 
 import json
@@ -24,6 +25,7 @@ ROLES: Mapping[str, Role] = {
     "function": "tool",  # its name before 2023-11
 }
 SWITCH: Mapping[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # DeepSeek's and Qwen's name, Ollama's, OpenRouter's
 SOURCES = ("image", "path", "url")  # where a part of type "image" keeps its path
 
 
@@ -41,7 +43,7 @@ def read(record: RawRecord) -> Conversation | None:
         raise DataError(f"{len(images)} images, but {len(images) - len(left)} parts of type 'image' to show them in")
     if left:
         messages = _turns.with_images(messages, left)
-    return _turns.conversation(messages, _turns.tool_schemas(record.get("tools")))
+    return _turns.conversation(messages, _turns.tool_schemas(record.get("tools") or record.get("functions")))
 
 
 def messages_of(record: RawRecord, key: str, images: Iterator[Image]) -> list[Message]:
@@ -60,9 +62,40 @@ def _message(message: Mapping[str, Any], where: str, images: Iterator[Image]) ->
         loss = _loss(message)
         if loss and ROLES[name] == "tool":
             raise DataError("a tool message asks to be trained; tool output is never a target")
-        return Message(ROLES[name], _parts(message, images), _turns.tool_calls(calls) if calls else (), loss)
+        return Message(
+            ROLES[name],
+            _parts(message, images),
+            _turns.tool_calls(calls) if calls else (),
+            loss,
+            _turns.identifier(message, "tool_call_id") if ROLES[name] == "tool" else None,
+            _reasoning(message) if name == "assistant" else None,
+        )
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    """What the assistant thought, from its own field or from parts of `content`; None where it says nothing."""
+    key = next((key for key in THOUGHTS if message.get(key)), None)
+    if key is not None:
+        thought = text_field(message, key)
+        return thought if thought.strip() else None
+    content = message.get("content")
+    parts = content if isinstance(content, list | tuple) else ()
+    thoughts = [_thought(part) for part in parts if _is_thought(part)]
+    return "\n".join(thought for thought in thoughts if thought.strip()) or None
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "thinking"
+
+
+def _thought(part: Mapping[str, Any]) -> str:
+    """The text of a part of type "thinking": a string, or a list of texts as Mistral has it."""
+    value = part.get("thinking")
+    if isinstance(value, list | tuple):
+        return "".join(text_field(piece, "text") for piece in object_list({"thinking": value}, "thinking"))
+    return text_field(part, "thinking")
 
 
 def _loss(message: Mapping[str, Any]) -> bool | None:
@@ -87,6 +120,8 @@ def _parts(message: Mapping[str, Any], images: Iterator[Image]) -> tuple[Text | 
         return (Text(content),) if content else ()
     if not isinstance(content, list | tuple):
         raise DataError(f"'content' must be a string or a list of parts, found {type(content).__name__}")
+    if message.get("role") == "assistant":  # its thoughts are read by `_reasoning`
+        content = [part for part in content if not _is_thought(part)]
     parts = [Text(part) if isinstance(part, str) else _part(part, images) for part in content]
     return tuple(part for part in parts if part != Text(""))
 
@@ -132,12 +167,17 @@ def _written(message: Message) -> dict[str, Any]:
             for part in message.parts
         ]
     written: dict[str, Any] = {"role": message.role, "content": content}
+    if message.reasoning is not None:
+        written["reasoning_content"] = message.reasoning
     if message.tool_calls:
         written["tool_calls"] = [written_call(call) for call in message.tool_calls]
+    if message.call_id is not None:
+        written["tool_call_id"] = message.call_id
     return written if message.loss is None else {**written, "loss": message.loss}
 
 
 def written_call(call: ToolCall) -> dict[str, Any]:
     """A call as OpenAI has it: the arguments are a JSON string, so that every record has the same columns."""
     arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    written = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return written if call.id is None else {"id": call.id, **written}

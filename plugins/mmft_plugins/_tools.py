@@ -4,10 +4,14 @@ https://github.com/NousResearch/Hermes-Function-Calling; the sentences are the m
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mmft.types import Message, Segment, Text
+from mmft.types import Conversation, Message, Segment, Text
+
+NINE = re.compile(r"[A-Za-z0-9]{9}")  # the only form of a call's id that Mistral's own templates take
 
 # https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer_config.json, the same in Qwen3
 TOOLS_BEFORE = (
@@ -50,6 +54,34 @@ def tool_calls(message: Message, *, gap: bool = True) -> list[Segment]:
         segments.append(Segment(as_json(dict(call.arguments)), loss))
         segments += markup("}\n</tool_call>", loss)
     return segments
+
+
+def numbered(conversation: Conversation) -> Conversation:
+    """Every call and every result with an id of nine letters or digits: its own if it has that form, else its number.
+
+    A result refers to the call whose id it gives, or else to the first of the last turn's calls without a result. What
+    a turn gets depends on the turns before it alone, so a prompt stays a prefix of the conversation.
+    """
+    messages: list[Message] = []
+    known: dict[str | None, str] = {}
+    waiting: list[str] = []
+    count = 0
+    for message in conversation.messages:
+        if message.tool_calls:
+            waiting = []
+            for call in message.tool_calls:
+                count += 1
+                waiting.append(call.id if call.id and NINE.fullmatch(call.id) else f"call{count:05d}")
+                known |= {call.id: waiting[-1]} if call.id else {}
+            calls = zip(message.tool_calls, waiting, strict=True)
+            message = replace(message, tool_calls=tuple(replace(call, id=new) for call, new in calls))
+        elif message.role == "tool":
+            own = message.call_id if message.call_id and NINE.fullmatch(message.call_id) else None
+            new = known.get(message.call_id) or own or next(iter(waiting), f"call{count:05d}")
+            waiting = [other for other in waiting if other != new]
+            message = replace(message, call_id=new)
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))
 
 
 def tool_result(messages: Sequence[Message], index: int, begin: str, end: str) -> list[Segment]:

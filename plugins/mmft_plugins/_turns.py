@@ -6,6 +6,7 @@ runs words together); whether a format takes them is the chat template's affair.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import dropwhile
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmft.types import Conversation, Image, Message, RawRecord, Role, Text, Tool
 from mmft_plugins._records import keys_found, object_list, shown, text_field
 
 MARK = "<image>"
+REASONING_NOTE = "reasoning_content is trained only by a chat template with a form for it ('qwen3', or 'auto')"
 
 
 def message(role: Role, text: str, **fields: Any) -> Message:
@@ -32,17 +34,35 @@ def conversation(
 ) -> Conversation | None:
     """The conversation of these messages; None where none of them is left to train.
 
-    Answers before the first question have nothing to answer and are left out, as LLaVA and XTuner do, with a note that
-    counts them. System messages stay.
+    Four things are left out or mended, each with a note that counts it: answers before the first question, which have
+    nothing to answer (as LLaVA and XTuner do; system messages stay); the training of an empty answer, which would teach
+    to stop at once; turns after the last trained answer, which teach nothing and make formats that rewrite earlier
+    turns, as Qwen3's, train none; and thoughts, which some chat templates have no form for.
     """
     rest = list(dropwhile(lambda one: one.role != "user", messages))
     head = messages[: len(messages) - len(rest)]
-    kept = (*(one for one in head if one.role == "system"), *rest)
-    if not any(one.is_trained and (one.text.strip() or one.tool_calls) for one in kept):
-        return None
+    kept = [*(one for one in head if one.role == "system"), *rest]
     if lost := len(messages) - len(kept):
         notes = (*notes, f"{counted(lost, 'answer')} before the first question")
-    return Conversation(kept, tools, notes)
+    last, empty, thoughts = -1, 0, 0
+    for number, one in enumerate(kept):
+        if not one.is_trained:
+            continue
+        thoughts += one.reasoning is not None
+        if one.tool_calls or one.text.strip():
+            last, within = number, empty
+        else:
+            kept[number] = replace(one, loss=False)
+            empty += 1
+    if last < 0:
+        return None
+    if within:
+        notes = (*notes, f"empty answers are not trained: {within}")
+    if after := len(kept) - 1 - last:
+        notes = (*notes, f"turns after the last trained answer are left out: {after}")
+    if thoughts:
+        notes = (*notes, f"{REASONING_NOTE}: {counted(thoughts, 'answer')}")
+    return Conversation(tuple(kept[: last + 1]), tools, notes)
 
 
 def history(record: RawRecord) -> list[Message]:
@@ -98,7 +118,7 @@ def with_images(turns: Sequence[Message], images: Sequence[Image], asker: str = 
     return [
         turn
         if turn.role != "user" or not images
-        else Message("user", tuple(_pieces((lead if number == first else "") + turn.text, waiting)), loss=turn.loss)
+        else replace(turn, parts=tuple(_pieces((lead if number == first else "") + turn.text, waiting)))
         for number, turn in enumerate(turns)
     ]
 
@@ -129,7 +149,7 @@ def tool_schemas(tools: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def tool_call(call: Mapping[str, Any]) -> ToolCall:
-    """`{"type": "function", "function": {"name", "arguments"}}`, or the inner object alone."""
+    """`{"id", "type": "function", "function": {"name", "arguments"}}`, or the inner object alone."""
     function = call.get("function", call)
     if not isinstance(function, Mapping):
         raise DataError(f"a tool call's 'function' must be an object, found {shown(function)}")
@@ -139,7 +159,17 @@ def tool_call(call: Mapping[str, Any]) -> ToolCall:
     arguments = {} if arguments is None or (isinstance(arguments, str) and not arguments.strip()) else arguments
     if not isinstance(arguments, Mapping):
         raise DataError(f"the arguments of a tool call must be an object, found {shown(arguments)}")
-    return ToolCall(text_field(function, "name"), arguments)
+    return ToolCall(text_field(function, "name"), arguments, identifier(call, "id"))
+
+
+def identifier(holder: Mapping[str, Any], key: str) -> str | None:
+    """The id of a tool call: a string, a number read as one, or None where it is missing or empty."""
+    value = holder.get(key)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{key!r} must be a string, found {type(value).__name__}: {shown(value)}")
+    return str(value)
 
 
 def tool_calls(calls: Any) -> tuple[ToolCall, ...]:

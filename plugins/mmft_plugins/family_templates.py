@@ -5,24 +5,21 @@ text in Gemma 2 or Mistral v1, which know none), ours puts it before the first q
 
 Two kinds rewrite earlier turns once others follow: Qwen3 takes thoughts out of the history, and Mistral v2, v3 and Nemo
 move the system text to the last question. What an earlier answer was given is then no longer what inference shows, so
-of such a conversation only the last answer is trained, and binding the template says so.
+of such a conversation only the last answer is trained; `rewrites_history` makes a run say so.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from mmft import hookimpl
 from mmft.errors import DataError
-from mmft.specs import ChatTemplate
+from mmft.specs import ChatTemplate, RenderFn
 from mmft.types import Conversation, Message, Text
 from mmft_plugins._families import Family, qwen, render_family
+from mmft_plugins._mistral import render_mistral
 from mmft_plugins._tools import as_json
 from mmft_plugins.templates import stripped
-
-logger = logging.getLogger(__name__)
 
 HUB = "https://huggingface.co/{}/blob/main/tokenizer_config.json"
 Prepare = Callable[[Conversation], Conversation]
@@ -107,6 +104,7 @@ COMMAND_R = Family(
     prompt="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
     end="<|END_OF_TURN_TOKEN|>",
     strips=("user", "assistant"),
+    own_tools=True,  # a second jinja, `tool_use`
 )
 GRANITE_BEFORE = (
     "You are a helpful assistant with access to the following tools. You may call one or more tools to assist with "
@@ -140,7 +138,7 @@ LLAMA_TOOLS = (
 )
 
 
-def prepare_llama(conversation: Conversation) -> Conversation:
+def prepare_llama(conversation: Conversation, *, name: str) -> Conversation:
     """Llama 3.1's system preamble; tools before the first question, calls and their results as JSON.
 
     Raises `DataError` for what the format has no place for: a text beside a call, two calls in one turn, tools where
@@ -152,15 +150,15 @@ def prepare_llama(conversation: Conversation) -> Conversation:
     preamble = f"{environment}Cutting Knowledge Date: December 2023\nToday Date: {LLAMA_DATE}\n\n"
     if conversation.tools:
         if not messages or messages[0].role != "user":
-            raise DataError("chat template 'llama3_1': tools stand in the first question, and no question comes first")
+            raise DataError(f"chat template {name!r}: tools stand in the first question, and no question comes first")
         schemas = "".join(f"{as_json(dict(tool), indent=4)}\n\n" for tool in conversation.tools)
         first = stripped(messages[0])
         messages[0] = replace(first, parts=(Text(LLAMA_TOOLS + schemas), *first.parts))
-    prepared = [Message("system", (Text(preamble), Text(system))), *map(_llama_message, messages)]
+    prepared = [Message("system", (Text(preamble), Text(system))), *(_llama_message(m, name) for m in messages)]
     return replace(conversation, messages=tuple(prepared))
 
 
-def _llama_message(message: Message) -> Message:
+def _llama_message(message: Message, name: str) -> Message:
     if message.role == "system":  # one that is not the first is stripped like every other turn
         return stripped(message)
     if message.role == "tool":
@@ -169,7 +167,8 @@ def _llama_message(message: Message) -> Message:
         return message
     if len(message.tool_calls) > 1 or message.text or message.images:
         raise DataError(
-            "chat template 'llama3_1' takes one call a turn and no text beside it; split the turn, or choose 'chatml'"
+            f"chat template {name!r} takes one call a turn and no text beside it; split the turn, or choose 'chatml' "
+            "with data.allow_template_difference=True"
         )
     call = message.tool_calls[0]
     text = f'{{"name": "{call.name}", "parameters": {as_json(dict(call.arguments))}}}'
@@ -190,7 +189,8 @@ def prepare_qwen3(conversation: Conversation) -> Conversation:
         if message.role != "assistant" or message.images:
             prepared.append(message)
             continue
-        thought, answer = _thought_and_answer(message.text)
+        own = message.reasoning
+        thought, answer = (own, message.text) if own is not None else _thought_and_answer(message.text)
         thinks = index > last_question and (index == len(messages) - 1 or bool(thought))
         text = f"<think>\n{thought.strip(chr(10))}\n</think>\n\n" + answer.lstrip("\n") if thinks else answer
         prepared.append(replace(message, parts=(Text(text),) if text else ()))
@@ -221,28 +221,29 @@ def prepare_deepseek(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=(*head, *rest))
 
 
-def bind_rewriting(template: ChatTemplate, why: str, tokenizer: Any) -> ChatTemplate:
-    """The template itself, after a warning that it trains the last answer alone where it rewrites the others."""
-    logger.warning("chat template %r: %s; of such a conversation only the last answer is trained", template.name, why)
-    return replace(template, bind=None)
-
-
 def _offer(
-    form: Family, model: str, *, prepare: Prepare | None = None, stop: tuple[str, ...] = (), rewrites: str = ""
+    form: Family,
+    model: str,
+    *,
+    prepare: Prepare | None = None,
+    stop: tuple[str, ...] = (),
+    rewrites: bool = False,
+    with_tools: RenderFn | None = None,
 ) -> ChatTemplate:
-    template = ChatTemplate(
+    """The template of a row; `with_tools` renders it where the row alone does not know the family's tools."""
+    by_row = partial(render_family, form, prepare=prepare) if prepare else partial(render_family, form)
+    return ChatTemplate(
         name=form.name,
-        render=partial(render_family, form, prepare=prepare) if prepare else partial(render_family, form),
+        render=with_tools or by_row,
         stop=stop or (form.end,),
-        supports_tools=bool(form.hermes or form.tool),
+        supports_tools=bool(form.hermes or form.tool or with_tools),
         source=HUB.format(model),
-        rewrites_history=bool(rewrites),
+        rewrites_history=rewrites,
     )
-    return replace(template, bind=partial(bind_rewriting, template, rewrites)) if rewrites else template
 
 
-THINKS = "earlier turns lose their thoughts"
-MOVES = "a system text stands in the last question"
+def _mistral(form: Family, model: str, space: str = " ") -> ChatTemplate:
+    return _offer(form, model, rewrites=True, with_tools=partial(render_mistral, form, space=space))
 
 
 @hookimpl
@@ -251,17 +252,17 @@ def mmft_chat_templates() -> list[ChatTemplate]:
     return [
         _offer(QWEN2, "Qwen/Qwen2-7B-Instruct"),
         _offer(QWEN2_5, "Qwen/Qwen2.5-7B-Instruct"),
-        _offer(QWEN3, "Qwen/Qwen3-8B", prepare=prepare_qwen3, rewrites=THINKS),
+        _offer(QWEN3, "Qwen/Qwen3-8B", prepare=prepare_qwen3, rewrites=True),
         _offer(SMOLLM, "HuggingFaceTB/SmolLM2-135M-Instruct"),
         _offer(YI, "01-ai/Yi-1.5-9B-Chat"),
         _offer(INTERNLM2_5, "internlm/internlm2_5-7b-chat"),
         _offer(INTERNLM3, "internlm/internlm3-8b-instruct"),
-        _offer(LLAMA3_1, "meta-llama/Llama-3.1-8B-Instruct", prepare=prepare_llama),
-        _offer(LLAMA3_2, "meta-llama/Llama-3.2-3B-Instruct", prepare=prepare_llama),
+        _offer(LLAMA3_1, "meta-llama/Llama-3.1-8B-Instruct", prepare=partial(prepare_llama, name="llama3_1")),
+        _offer(LLAMA3_2, "meta-llama/Llama-3.2-3B-Instruct", prepare=partial(prepare_llama, name="llama3_2")),
         _offer(MISTRAL_V1, "mistralai/Mistral-7B-Instruct-v0.2"),
-        _offer(MISTRAL_V2, "mistralai/Mistral-7B-Instruct-v0.3", rewrites=MOVES),
-        _offer(MISTRAL_V3, "mistralai/Mistral-7B-Instruct-v0.3", rewrites=MOVES),
-        _offer(MISTRAL_NEMO, "mistralai/Mistral-Nemo-Instruct-2407", rewrites=MOVES),
+        _mistral(MISTRAL_V2, "mistralai/Mistral-7B-Instruct-v0.3"),
+        _mistral(MISTRAL_V3, "mistralai/Mistral-7B-Instruct-v0.3"),
+        _mistral(MISTRAL_NEMO, "mistralai/Mistral-Nemo-Instruct-2407", space=""),
         _offer(GEMMA2, "google/gemma-2-2b-it"),
         _offer(GEMMA3, "google/gemma-3-4b-it"),
         _offer(PHI3, "microsoft/Phi-3.5-mini-instruct", stop=("<|end|>", "<|endoftext|>")),

@@ -213,8 +213,12 @@ def _listing(folder: Path) -> str:
 
 def _not_found(path: str | Path, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    where = Path(path) / name
-    return f"vision encoder {path}: looked for {where} and for the hub model {str(path)!r}, {name} not read: {reason}"
+    if Path(path).is_dir():
+        return f"vision encoder {path}: {name} not read: {reason}"
+    return (
+        f"vision encoder {path}: {str(path)!r} is no folder and its {name} was not found on the hub: either the name "
+        f"is wrong, or the hub cannot be reached (no network, or offline mode without a download): {reason}"
+    )
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Data sources: `hf` and `modelscope`, data sets by their name on a hub, and folders that `datasets` saved.
 
-The rows come in the order of the data set. Columns of images and sounds are not decoded: a row holds `{"bytes",
-"path"}` there. Name a `revision`: a hub's data may change, and no cache here can see that.
+The rows come in the order of the data set. Pictures and sounds are not decoded: the bytes of a picture go as they are
+to the folder `extract_to`. Name a `revision`: a hub's data may change, and no cache here can see that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,57 @@ from typing import Any
 from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DatasetSpec
-from mmft.types import RawRecord
-from mmft_plugins._files import check_installed, optional_package, read_one
+from mmft.types import BadRecord, RawRecord
+from mmft_plugins._columns import check_columns, renamed
+from mmft_plugins._files import check_installed, optional_package
+from mmft_plugins._pictures import FIELDS, with_paths
 from mmft_plugins._records import one_of
 
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves behind
+BATCH, ROWS = 1000, 50  # rows of an Arrow table that are looked at, and turned into Python objects, at a time
 
 
 def hf_files(
-    path: str, name: str | None = None, split: str = "train", revision: str | None = None, streaming: bool = False
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
+    extract_to: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """The files of a local folder; none for a data set on the hub. Raises `DataError` without the extra `hf`."""
+    """The files of a local folder; none for a data set on the hub.
+
+    Raises `DataError` without the extra `hf`, and where pictures would be written among the files of the data set.
+    """
     check_installed("datasets", "hf", "hf")
     folder = Path(path).expanduser()
-    return sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    if extract_to and Path(extract_to).expanduser().resolve().is_relative_to(folder.resolve()):
+        # `load_dataset` takes a folder with many pictures for a folder of pictures.
+        raise DataError(f"extract_to: {extract_to} lies inside the data set {path}; name a folder outside it")
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def load_hf(
-    path: str, name: str | None = None, split: str = "train", revision: str | None = None, streaming: bool = False
-) -> Iterator[RawRecord]:
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
+    extract_to: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Iterator[RawRecord | BadRecord]:
     """The rows of one split of a data set: `path` is its name on the Hugging Face hub, or a local folder.
 
     `name` is the configuration of a data set that has several; `streaming` reads over the network while it is used and
-    stores nothing. A folder is one that `save_to_disk` wrote, or one of data files as on the hub.
-    Raises `DataError` with the reason `datasets` gives.
+    stores nothing; `columns`, `extract_to` and `rename` are those of `parquet`. A folder is one that `save_to_disk`
+    wrote, or one of data files as on the hub. Raises `DataError` with the reason `datasets` gives.
     """
-    return load_hf_from(0, path, name, split, revision, streaming)
+    return load_hf_from(0, path, name, split, revision, streaming, columns, extract_to, rename)
 
 
 def load_hf_from(
@@ -47,10 +72,14 @@ def load_hf_from(
     split: str = "train",
     revision: str | None = None,
     streaming: bool = False,
-) -> Iterator[RawRecord]:
+    columns: Sequence[str] | None = None,
+    extract_to: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Iterator[RawRecord | BadRecord]:
     """What `load_hf` yields after the first `start` rows."""
     package = optional_package("datasets", "hf", "hf")
     folder = Path(path).expanduser()
+    hf_files(path, extract_to=extract_to)
     try:
         if any((folder / marker).is_file() for marker in SAVED):
             rows = _split_of(package.load_from_disk(str(folder)), package.DatasetDict, path, split)
@@ -58,14 +87,21 @@ def load_hf_from(
             rows = package.load_dataset(
                 str(folder) if folder.is_dir() else path, name, split=split, revision=revision, streaming=streaming
             )
-        yield from _rows(_undecoded(rows), start, path)
+        yield from renamed(with_paths(_rows(rows, start, path, columns), extract_to), rename, path)
     except (OSError, ValueError, RuntimeError, package.exceptions.DatasetsError) as error:
         raise _failed("hf", path, error) from error
 
 
 def load_modelscope(
-    path: str, name: str | None = None, split: str = "train", revision: str | None = None, streaming: bool = False
-) -> Iterator[RawRecord]:
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
+    extract_to: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Iterator[RawRecord | BadRecord]:
     """The rows of one split of a ModelScope data set; the options are those of `hf`.
 
     Raises `DataError` with the reason `modelscope` gives.
@@ -77,13 +113,20 @@ def load_modelscope(
             path, split=split, use_streaming=streaming, **{key: value for key, value in optional.items() if value}
         )
         rows = rows.to_hf_dataset() if hasattr(rows, "to_hf_dataset") else rows
-        yield from _rows(_undecoded(rows) if hasattr(rows, "features") else rows, 0, path)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        yield from renamed(with_paths(_rows(rows, 0, path, columns), extract_to), rename, path)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise _failed("modelscope", path, error) from error
 
 
 def modelscope_files(
-    path: str, name: str | None = None, split: str = "train", revision: str | None = None, streaming: bool = False
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
+    extract_to: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """No local files. Raises `DataError` without the extra `modelscope`."""
     check_installed("modelscope", "modelscope", "modelscope")
@@ -99,19 +142,45 @@ def _split_of(saved: Any, several: type, path: str, split: str) -> Any:
     return splits[split]
 
 
-def _undecoded(rows: Any) -> Any:
-    """The rows with images and sounds left as bytes: pixels are opened when a batch is made, not before."""
-    for column, feature in (rows.features or {}).items():
-        if getattr(feature, "decode", False) is True:
-            rows = rows.cast_column(column, replace(feature, decode=False))
-    return rows
-
-
-def _rows(rows: Any, start: int, path: str) -> Iterator[RawRecord]:
+def _rows(rows: Any, start: int, path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a data set after its first `start` rows, media as `{"bytes", "path"}`."""
     if start and hasattr(rows, "__len__") and start >= len(rows):  # `skip` refuses what lies behind the end
-        return iter(())
+        return
+    if columns is not None:
+        check_columns(path, rows.column_names or columns, columns)  # a stream may not know them yet
+        rows = rows.select_columns(list(columns))
     rows = rows.skip(start) if start else rows
-    return read_one(Path(path), ((f"row {number}", row) for number, row in enumerate(rows, start + 1)))
+    for number, row in enumerate(_undecoded(rows), start + 1):
+        yield f"{path} row {number}", row
+
+
+def _undecoded(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows with pictures and sounds as the bytes they are; everything else as `datasets` gives it."""
+    features = getattr(rows, "features", None)
+    if not features:  # a stream of unknown columns holds no media that `datasets` knows of
+        yield from rows
+        return
+    kept = type(features)(_without_decoding(dict(features)))
+    if not hasattr(rows, "__len__"):
+        yield from rows.cast(kept) if kept != features else rows
+        return
+    # A cast would copy the whole data set where pictures are in lists; Arrow tables hold what the file holds.
+    for table in rows.with_format("arrow").iter(BATCH):
+        for first in range(0, table.num_rows, ROWS):
+            yield from map(kept.decode_example, table.slice(first, ROWS).to_pylist())
+
+
+def _without_decoding(feature: Any) -> Any:
+    """A feature of `datasets` with all media in it left as bytes; JSON, which it also decodes, stays as it is."""
+    if isinstance(feature, dict):
+        return {name: _without_decoding(one) for name, one in feature.items()}
+    if isinstance(feature, list):
+        return [_without_decoding(one) for one in feature]
+    if hasattr(feature, "feature"):  # List, LargeList
+        return replace(feature, feature=_without_decoding(feature.feature))
+    stored: Any = getattr(feature, "pa_type", None)
+    media = bool(getattr(stored, "num_fields", 0)) and {field.name for field in stored} == FIELDS
+    return replace(feature, decode=False) if media and feature.decode else feature
 
 
 def _failed(source: str, path: str, error: Exception) -> DataError:

@@ -1,12 +1,17 @@
 """Data sources: `json` and `jsonl` files, streamed in the order given.
 
 A source yields objects as they stand in the file; what they mean is the data map's affair. UTF-8, with or without a
-byte-order mark. Whatever is wrong with a file is a `DataError` that names the file and the place in it. What JSON can
-spell is passed on as it is: a NUL or a lone surrogate written as an escape, and a string of any length.
+byte-order mark. What JSON can spell is passed on as it is: a NUL or a lone surrogate written as an escape, and a string
+of any length.
+
+A line of `jsonl`, or an item of a `json` list, that is no record is a `BadRecord`: it is dropped and counted, and the
+rest is read. A file that ends inside a record is a `DataError`: what was lost behind the cut nobody knows, so what
+stands before it is not taken for the whole. So is a `json` file with a syntax error, which cannot be read on.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,43 +19,60 @@ from typing import TYPE_CHECKING, Any
 from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DatasetSpec
-from mmft.types import RawRecord
-from mmft_plugins._files import BLOCK, BOM, Paths, find_files, not_utf8, read_all, read_one
+from mmft.types import BadRecord, RawRecord
+from mmft_plugins._files import (
+    BLOCK,
+    BOM,
+    NOT_UTF8,
+    Paths,
+    find_files,
+    of_bytes,
+    read_all,
+    read_one,
+    refuse_encoding,
+)
 from mmft_plugins._json_stream import json_records
+from mmft_plugins._records import shown
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+NOT_JSON = "not JSON"  # as NOT_UTF8: the kind of a bad record
+JSON, JSONL = (".json",), (".jsonl", ".ndjson")
+# What is left, from the place of the error on, of a text that ends inside a literal, a number or an escape.
+_CUT_OFF = re.compile(r"t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(aN?)?|-?I[nfity]*|-|[.eE][+-]?|\\?u[0-9a-fA-F]{0,4}")
+
 
 def json_files(path: Paths, field: str | None = None) -> list[Path]:
     """The files `json` reads, in order; see `find_files`."""
-    return find_files(path, (".json",))
+    return find_files(path, JSON)
 
 
 def jsonl_files(path: Paths) -> list[Path]:
     """The files `jsonl` reads, in order; see `find_files`."""
-    return find_files(path, (".jsonl", ".ndjson"))
+    return find_files(path, JSONL)
 
 
-def load_json(path: Paths, field: str | None = None) -> Iterator[RawRecord]:
+def load_json(path: Paths, field: str | None = None) -> Iterator[RawRecord | BadRecord]:
     """The records of JSON files: each a list of objects, or an object holding exactly one list of objects.
 
-    `field` names the list of an object that holds several. Memory does not grow with the file. Raises `DataError` with
-    the file, and the line or the number of the record (from 1).
+    `field` names the list of an object that holds several. Memory does not grow with the file. An item that is no
+    object is a bad record. Raises `DataError` with the file and the line for a file that is not JSON.
     """
     return read_all(json_files(path), partial(json_records, field=field))
 
 
-def load_jsonl(path: Paths) -> Iterator[RawRecord]:
+def load_jsonl(path: Paths) -> Iterator[RawRecord | BadRecord]:
     """The records of JSON-lines files: one object a line; blank lines are skipped.
 
-    Raises `DataError` with the file, the line (from 1) and the byte (from 0) where the line starts.
+    A line that is no object is a bad record, with its number (from 1) and the byte (from 0) where it starts. Raises
+    `DataError` for a file that is empty, ends inside its last line, or is one JSON list.
     """
     return read_all(jsonl_files(path), read_jsonl)
 
 
-def load_jsonl_from(start: int, path: Paths) -> Iterator[RawRecord]:
+def load_jsonl_from(start: int, path: Paths) -> Iterator[RawRecord | BadRecord]:
     """What `load_jsonl` yields after the first `start` records; those are found by their offset and not parsed."""
     for file in jsonl_files(path):
         offset, line = 0, 1
@@ -111,29 +133,66 @@ def read_jsonl(file: Path, offset: int = 0, line: int = 1) -> Iterator[tuple[str
         lines.seek(offset)
         for number, data in enumerate(lines, line):
             if _content(data):
+                if empty and line == 1:
+                    refuse_encoding(file, data)
+                record = _parse_line(data, file, number, offset)
+                if empty and line == 1 and not isinstance(record, Mapping):
+                    _refuse_json(file, _content(data), record)
                 empty = False
-                yield f"line {number}", _parse_line(data, f"{file} line {number}", offset)
+                yield f"line {number}", record
             offset += len(data)
     if empty:
         raise DataError(f"{file}: the file is empty; allowed: one object a line")
 
 
-def _parse_line(line: bytes, where: str, offset: int) -> Any:
+def _parse_line(line: bytes, file: Path, number: int, offset: int) -> Any:
+    """The value of a line, or why it has none as a `BadRecord`. Raises `DataError` where the file ends inside it."""
+    where = f"{file.name} line {number}"
+    last = not line.endswith(b"\n")
     try:
-        text = line.decode("utf-8-sig")
+        text = line.rstrip(b"\r\n").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.start + (len(BOM) if line.startswith(BOM) else 0)
-        raise not_utf8(where, byte, error, f" of the line, {offset + byte} of the file") from error
+        if last and error.reason == "unexpected end of data":
+            raise _cut_off(file, number, offset, "inside a character") from error
+        place = f"byte {byte} of the line, {offset + byte} of the file"
+        return BadRecord(f"{NOT_UTF8}: {where} at {place}: {of_bytes(error)}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "a file that is one list is 'json'"
-        if not line.endswith(b"\n") and (error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")):
-            hint = "the file ends inside this line: if it is cut off, copy or download it again"
-        place = f"column {error.pos + 1}: {error.msg} (the line starts at byte {offset})"
-        raise DataError(f"{where}: not JSON at {place}; {hint}") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply to be read") from error
+        if last and _is_cut_off(text, error):
+            raise _cut_off(file, number, offset, error.msg) from error
+        return BadRecord(
+            f"{NOT_JSON}: {where} column {error.pos + 1}: {error.msg} (the line starts at byte {offset}); "
+            "mend the line or delete it"
+        )
+    except RecursionError:
+        return BadRecord(f"nested too deeply: {where} holds lists or objects in one another beyond what can be read")
+
+
+def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether a text that is not JSON could be the beginning of one that is."""
+    rest = text[error.pos :].strip()
+    return not rest or error.msg.startswith("Unterminated string") or _CUT_OFF.fullmatch(rest) is not None
+
+
+def _cut_off(file: Path, line: int, offset: int, how: str) -> DataError:
+    return DataError(
+        f"{file} line {line}: the file ends inside this line, which starts at byte {offset}: {how}; what is missing "
+        "is unknown: copy or download it again, or delete the line if what stands before it is all there is"
+    )
+
+
+def _refuse_json(file: Path, first: bytes, record: Any) -> None:
+    """Raise `DataError` where a bad first line is one list, or begins a list or an object: all would be bad."""
+    begins = isinstance(record, BadRecord) and first[:1] == b"[" and record.reason.startswith(NOT_JSON)
+    is_all = isinstance(record, list) and any(isinstance(item, Mapping) for item in record)
+    if begins or first == b"{" or (is_all and len(line_index(file)[0]) == 1):
+        raise DataError(
+            f"{file}: not one object a line: its first line is {shown(first.decode('utf-8', 'replace'))}; a file that "
+            "is one list, or one object over several lines, is 'json': in a config use(\"json\", ...), for a file "
+            "--source json"
+        )
 
 
 @hookimpl
@@ -141,7 +200,11 @@ def mmft_datasets() -> list[DatasetSpec]:
     """The two file formats."""
     return [
         DatasetSpec(
-            name="json", load=load_json, files=json_files, summary="JSON files, each a list of objects, streamed"
+            name="json",
+            load=load_json,
+            files=json_files,
+            summary="JSON files, each a list of objects, streamed",
+            suffixes=JSON,
         ),
         DatasetSpec(
             name="jsonl",
@@ -149,5 +212,6 @@ def mmft_datasets() -> list[DatasetSpec]:
             files=jsonl_files,
             load_from=load_jsonl_from,
             summary="JSON-lines files, one object a line",
+            suffixes=JSONL,
         ),
     ]

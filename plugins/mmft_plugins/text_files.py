@@ -13,8 +13,8 @@ from pathlib import Path
 from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DatasetSpec
-from mmft.types import RawRecord
-from mmft_plugins._files import Paths, find_files, read_all, text_blocks
+from mmft.types import BadRecord, RawRecord
+from mmft_plugins._files import NOT_UTF8, Paths, find_files, read_all, text_blocks
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
 
@@ -26,27 +26,33 @@ def text_files(path: Paths, split: str | None = None, suffixes: Sequence[str] = 
     return find_files(path, tuple(suffixes))
 
 
-def load_text(path: Paths, split: str | None = None, suffixes: Sequence[str] = SUFFIXES) -> Iterator[RawRecord]:
+def load_text(
+    path: Paths, split: str | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> Iterator[RawRecord | BadRecord]:
     """A record for each file, or for each piece of a file that is not blank.
 
-    Without `split` an empty file is an empty record, so that it is counted. Raises `DataError` with the file and place.
+    Without `split` an empty file is an empty record, so that it is counted, and one that is not UTF-8 a bad one. Raises
+    `DataError` with the file and place: of a file in pieces nobody knows how many are lost.
     """
     return read_all(text_files(path, split, suffixes), partial(_read_text, split=split))
 
 
 def load_text_from(
     start: int, path: Paths, split: str | None = None, suffixes: Sequence[str] = SUFFIXES
-) -> Iterator[RawRecord]:
+) -> Iterator[RawRecord | BadRecord]:
     """What `load_text` yields after the first `start` records; whole files among those are not read."""
     if split is not None:
         return islice(load_text(path, split, suffixes), start, None)
     return read_all(text_files(path, split, suffixes)[start:], partial(_read_text, split=split))
 
 
-def _read_text(file: Path, split: str | None) -> Iterator[tuple[str, RawRecord]]:
+def _read_text(file: Path, split: str | None) -> Iterator[tuple[str, RawRecord | BadRecord]]:
     blocks = _same_line_ends(text_blocks(file))
     if split is None:
-        yield "text", {"text": "".join(blocks), "path": str(file)}
+        try:
+            yield "text", {"text": "".join(blocks), "path": str(file)}
+        except DataError as error:
+            yield "text", BadRecord(f"{NOT_UTF8}: {str(error).replace(f': {NOT_UTF8} at', ' at', 1)}")
         return
     for number, piece in enumerate(_pieces(blocks, split), 1):
         yield f"piece {number}", {"text": piece, "path": str(file)}
@@ -86,5 +92,6 @@ def mmft_datasets() -> list[DatasetSpec]:
             files=text_files,
             load_from=load_text_from,
             summary="text and markdown files, a record for each file or each of its pieces",
+            suffixes=SUFFIXES,
         )
     ]

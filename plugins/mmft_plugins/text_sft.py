@@ -1,6 +1,7 @@
 """Data maps for supervised fine-tuning: Alpaca's columns, OpenAI's messages, a query and its response, a completion."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,14 +68,17 @@ def openai(record: RawRecord) -> Conversation | None:
 def query_response(record: RawRecord) -> Conversation | None:
     """`query`, `response`, with optional `system`, `history` and `images` (`<image>` marks say where they stand).
 
-    Columns as in ms-swift (docs/source_en/Customization/Custom-dataset.md).
+    Columns as in ms-swift (docs/source_en/Customization/Custom-dataset.md). A record without a `query` is asked by its
+    `question` or `prompt`, one without a `response` answered by its `answer`.
     """
+    asked = next((key for key in ("query", "question", "prompt") if key in record), "query")
+    answered = "answer" if "answer" in record and "response" not in record else "response"
     system = text_field(record, "system", default="")
     turns = [message("system", system)] if system else []
     turns += _turns.history(record)
     turns += [
-        message("user", text_field(record, "query", default="")),
-        message("assistant", text_field(record, "response")),
+        message("user", text_field(record, asked, default="")),
+        message("assistant", text_field(record, answered)),
     ]
     return _turns.conversation(_turns.with_images(turns, _turns.image_list(record, "images")))
 
@@ -107,11 +111,11 @@ def prompt_completion(record: RawRecord) -> Conversation | None:
         raise DataError("'prompt' and 'completion' must both be strings or both be lists of messages")
     images = iter(_turns.image_list(record, "images"))
     context = _openai.messages_of(record, "prompt", images)
-    context = [Message(one.role, one.parts, one.tool_calls, loss=False) for one in context]
+    context = [replace(one, loss=False) for one in context]
     answer = _openai.messages_of(record, "completion", images)
     if left := len(tuple(images)):
         raise DataError(f"{_turns.counted(left, 'image')} without a part of type 'image' to show it in")
-    return _turns.conversation([*context, *answer], _turns.tool_schemas(record.get("tools")))
+    return _turns.conversation([*context, *answer], _turns.tool_schemas(record.get("tools") or record.get("functions")))
 
 
 CALL: Mapping[str, Any] = {
@@ -189,6 +193,20 @@ def mmft_data_maps() -> list[DataMap]:
                 },
             ),
             write=write_query_response,
+        ),
+        DataMap(
+            name="qa",
+            fn=query_response,
+            summary="question, answer; otherwise as query_response",
+            columns=("question", "answer"),
+            examples=({"question": "How much is 1 + 2?", "answer": "3"},),
+        ),
+        DataMap(
+            name="prompt_response",
+            fn=query_response,
+            summary="prompt, response; otherwise as query_response",
+            columns=("prompt", "response"),
+            examples=({"prompt": "Name a colour.", "response": "Red."},),
         ),
         DataMap(
             name="prompt_completion",

@@ -21,9 +21,9 @@ from typing import IO, Any
 from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DatasetSpec
-from mmft.types import RawRecord
-from mmft_plugins._files import Paths, find_files, kind, not_utf8
-from mmft_plugins.sources import load_jsonl, load_jsonl_from
+from mmft.types import BadRecord, RawRecord
+from mmft_plugins._files import NO_OBJECT, NOT_UTF8, Paths, find_files, kind, of_bytes
+from mmft_plugins.sources import NOT_JSON, load_jsonl, load_jsonl_from
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -58,18 +58,21 @@ def _numbered(path: str) -> list[str]:
     return found
 
 
-def load_webdataset(path: Paths, extract_to: str | Path | None = None) -> Iterator[RawRecord]:
+def load_webdataset(path: Paths, extract_to: str | Path | None = None) -> Iterator[RawRecord | BadRecord]:
     """The samples of the shards, in order, as `{"__key__", "image", "caption", ...}`.
 
     `image` is the path of the unpacked image, or a list of paths in the shard's order where a sample has several;
     `caption` is what a `.txt` holds, `cls` the number in a `.cls`, and the keys of a `.json` object stand beside them
     (an image or text file wins over a key of the same name). Files of other kinds are named under `__skipped__`.
-    Raises `DataError` for a damaged shard, and for a member that is a link or whose name leads out of the folder.
+    A sample whose text, number or object cannot be read is a bad record. Raises `DataError` for a damaged shard, and
+    for a member that is a link or whose name leads out of the folder.
     """
     return load_webdataset_from(0, path, extract_to)
 
 
-def load_webdataset_from(start: int, path: Paths, extract_to: str | Path | None = None) -> Iterator[RawRecord]:
+def load_webdataset_from(
+    start: int, path: Paths, extract_to: str | Path | None = None
+) -> Iterator[RawRecord | BadRecord]:
     """What `load_webdataset` yields after the first `start` samples; shards are unpacked, their records not read."""
     for shard in webdataset_files(path, extract_to):
         folder = unpacked(shard, Path(extract_to or "").expanduser().resolve())
@@ -80,7 +83,11 @@ def load_webdataset_from(start: int, path: Paths, extract_to: str | Path | None 
         start = max(0, start - samples)
 
 
-def _with_paths(line: RawRecord, folder: Path) -> RawRecord:
+def _with_paths(line: RawRecord | BadRecord, folder: Path) -> RawRecord | BadRecord:
+    if isinstance(line, BadRecord):
+        return line
+    if "bad" in line:
+        return BadRecord(line["bad"])
     images = [str(folder / name) for name in line["images"]]
     return {**line["sample"], "image": images[0] if len(images) == 1 else images} if images else line["sample"]
 
@@ -135,7 +142,7 @@ def _unpack(shard: Path, folder: Path) -> None:
 
 
 def _samples(shard: Path, tar: tarfile.TarFile, folder: Path) -> Iterator[dict[str, Any]]:
-    """The samples of one shard as {"images", "sample"}, their images written to the folder."""
+    """The samples of one shard as {"images", "sample"} or {"bad"}, their images written to the folder."""
     done: set[str] = set()
     sample: dict[str, Any] = {}
     for member in tar:
@@ -155,9 +162,17 @@ def _samples(shard: Path, tar: tarfile.TarFile, folder: Path) -> Iterator[dict[s
         sample.setdefault("__key__", key)
         file = tar.extractfile(member)
         assert file is not None  # a plain file has contents
-        _add(sample, extension.lower(), name, file, folder, f"{shard} {member.name}")
+        try:
+            _add(sample, extension.lower(), name, file, folder, f"{shard} {member.name}")
+        except _BadMember as error:
+            reason, found = error.args
+            sample.setdefault("__bad__", f"{reason}: {shard.name} {member.name}{found}")
     if sample:
         yield _finished(sample)
+
+
+class _BadMember(Exception):
+    """A member that cannot be read, while those after it can: the kind of trouble, and what stands after the place."""
 
 
 def _safe_name(shard: Path, member: tarfile.TarInfo) -> PurePosixPath | None:
@@ -188,37 +203,39 @@ def _add(
         with target.open("wb") as out:
             shutil.copyfileobj(file, out)
         sample.setdefault("__images__", []).append(name.as_posix())
-    elif last in TEXTS:
-        sample["caption" if extension in TEXTS else extension.rpartition(".")[0]] = _text(file, where)
+    elif last in TEXTS and not extension.startswith("__"):  # keys like `__key__` are not the shard's to give
+        sample["caption" if extension in TEXTS else extension.rpartition(".")[0]] = _text(file)
     elif last == "cls":
-        text = _text(file, where).strip()
+        text = _text(file).strip()
         if not text.removeprefix("-").isdecimal():
-            raise DataError(f"{where}: {text[:40]!r}; a .cls holds one whole number")
+            raise _BadMember("no whole number", f" holds {text[:40]!r}; a .cls holds one whole number")
         sample["cls"] = int(text)
     elif last == "json":
         try:
-            value = json.loads(_text(file, where))
+            value = json.loads(_text(file))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
+            raise _BadMember(NOT_JSON, f": {error}") from error
         if not isinstance(value, Mapping):
-            raise DataError(f"{where}: {kind(value)}; the .json of a sample is an object")
+            raise _BadMember(NO_OBJECT, f" is {kind(value)}; the .json of a sample is an object")
         sample["__json__"] = {**sample.get("__json__", {}), **value}
     else:
         sample.setdefault("__skipped__", []).append(name.name)
 
 
-def _text(file: IO[bytes], where: str) -> str:
+def _text(file: IO[bytes]) -> str:
     data = file.read(LARGEST_TEXT + 1)
     if len(data) > LARGEST_TEXT:
-        raise DataError(f"{where}: more than {LARGEST_TEXT >> 20} MiB of text; a sample holds less")
+        raise _BadMember("text too long", f" holds more than {LARGEST_TEXT >> 20} MiB; a text of a sample holds less")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8(where, error.start, error) from error
+        raise _BadMember(NOT_UTF8, f" at byte {error.start}: {of_bytes(error)}") from error
 
 
 def _finished(sample: dict[str, Any]) -> dict[str, Any]:
     """What is written of a sample; the images stand apart, so that no key of a `.json` is taken for one."""
+    if "__bad__" in sample:
+        return {"bad": sample["__bad__"]}
     fields, images = sample.pop("__json__", {}), sample.pop("__images__", [])
     return {"images": images, "sample": {"__key__": sample["__key__"], **fields, **sample}}
 
@@ -233,5 +250,6 @@ def mmft_datasets() -> list[DatasetSpec]:
             files=webdataset_files,
             load_from=load_webdataset_from,
             summary="tar shards of images and texts, unpacked once into extract_to",
+            suffixes=SUFFIXES,
         )
     ]

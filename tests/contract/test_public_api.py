@@ -66,10 +66,11 @@ same_number(num_patches: int, **options: Any) -> int
     summary: str = ''
 @dataclass(frozen=True, slots=True, kw_only=True) DatasetSpec()
     name: str
-    load: Callable[..., Iterable[RawRecord]]
+    load: Callable[..., Iterable[RawRecord | BadRecord]]
     files: Callable[..., Sequence[Path]] | None = None
-    load_from: Callable[..., Iterable[RawRecord]] | None = None
+    load_from: Callable[..., Iterable[RawRecord | BadRecord]] | None = None
     summary: str = ''
+    suffixes: tuple[str, ...] = ()
 @dataclass(frozen=True, slots=True, kw_only=True) SystemText()
     name: str
     text: str
@@ -81,6 +82,8 @@ same_number(num_patches: int, **options: Any) -> int
 IGNORE_INDEX = -100
 Role: TypeAlias = Literal['system', 'user', 'assistant', 'tool']
 RawRecord: TypeAlias = Mapping[str, Any]
+@dataclass(frozen=True, slots=True) BadRecord()
+    reason: str
 @dataclass(frozen=True, slots=True) Text()
     text: str
 @dataclass(frozen=True, slots=True) Image()
@@ -88,11 +91,14 @@ RawRecord: TypeAlias = Mapping[str, Any]
 @dataclass(frozen=True, slots=True) ToolCall()
     name: str
     arguments: Mapping[str, Any]
+    id: str | None = None
 @dataclass(frozen=True, slots=True) Message()
     role: Role
     parts: tuple[Text | Image, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     loss: bool | None = None
+    call_id: str | None = None
+    reasoning: str | None = None
     @property text(self) -> str
     @property images(self) -> tuple[Image, ...]
     @property is_trained(self) -> bool
@@ -124,6 +130,7 @@ Batch(TypedDict)
 """,
 }
 EXPORTS = [
+    "BadRecord",
     "ChatTemplate",
     "ConfigDir",
     "Conversation",
@@ -185,4 +192,4 @@ def test_every_spec_and_sample_type_is_exported() -> None:
     """A plugin needs no import from below `mmft` to write a map or a spec."""
     classes = {re.search(r"(\w+)\(\)$", line) for line in surface("specs") if line.startswith("@dataclass")}
     assert {found[1] for found in classes if found} - set(EXPORTS) == set() and len(classes) == 8
-    assert {"Conversation", "Document", "Message", "Text", "Image", "ToolCall", "Segment"} <= set(EXPORTS)
+    assert {"BadRecord", "Conversation", "Document", "Message", "Text", "Image", "ToolCall", "Segment"} <= set(EXPORTS)

@@ -28,8 +28,6 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WRITTEN = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]")  # how formats spell their control tokens
 TOOL = {"type": "function", "function": {"name": "search", "description": "", "parameters": {"type": "object"}}}
 SECRET = "T00L-0UTPUT"
-# Their models' own formats write earlier turns otherwise once the talk goes on, so only the last answer may be trained.
-REWRITES_HISTORY = ("mistral_nemo", "mistral_v2", "mistral_v3", "qwen3")
 LEADS = ("moss_sft", "qwen3")  # the model writes a mark, or its empty thoughts, before the answer
 ONE_CALL = ("llama3_1", "llama3_2")  # their models write one call a turn
 
@@ -162,7 +160,7 @@ def test_prompts_are_prefixes_and_answers_alone_are_trained(
     assert whole.images == conversation.images, f"{name}: images"
     runs = trained_runs(whole)
     spoken = [message.text for message in conversation.messages if message.role == "assistant"]
-    if name in REWRITES_HISTORY and len(runs) == 1:
+    if template.rewrites_history and len(runs) == 1:
         prompts, spoken = prompts[-1:], spoken[-1:]
     assert len(runs) == len(spoken), f"{name}: trained stretches"
     assert_prompts_are_prefixes(name, whole, prompts)
@@ -208,7 +206,7 @@ def test_calls_are_trained_and_tool_output_is_never_a_target(
         return
     whole, *prompts = encoded(template, tokenizer, conversation)
     runs = [tokenizer.hf.decode(run) for run in trained_runs(whole)]
-    if name in REWRITES_HISTORY and len(runs) == 1:
+    if template.rewrites_history and len(runs) == 1:
         prompts, answers = prompts[-1:], answers[-1:]
     assert len(runs) == len(answers), f"{name}: trained stretches"
     assert_prompts_are_prefixes(name, whole, prompts)

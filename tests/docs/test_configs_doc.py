@@ -10,11 +10,11 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmft.config import LLM, Data, Dataset, Lora, Model, Optim, Prompt, Runtime, TrainConfig, Use, Vision
+from mmft.config import LLM, Data, Dataset, Evaluation, Lora, Model, Optim, Prompt, Runtime, TrainConfig, Use, Vision
 
 DOC = Path(__file__).parents[2] / "docs" / "configs.md"
 PARTS: tuple[type[BaseModel], ...] = (
-    TrainConfig, Model, LLM, Lora, Vision, Data, Dataset, Optim, Runtime, Prompt,
+    TrainConfig, Model, LLM, Lora, Vision, Data, Dataset, Optim, Runtime, Evaluation, Prompt,
 )  # fmt: skip
 SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "at least"}
 

@@ -12,23 +12,30 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_args
 
 import click
 import pytest
 import torch
 from PIL import Image
+from pydantic import BaseModel
 
 from mmft.cli import cli, main
-from mmft.plugins import Plugins, read_plugin
+from mmft.config import Lora, TrainConfig
+from mmft.data.formats import format_of, has_column, source_of
+from mmft.errors import DataError
+from mmft.plugins import Plugins, load_plugins, read_plugin
 from mmft.testing import check_plugin
+from mmft.types import BadRecord, Document
 
 ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 PAGES = (
     *READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "examples" / "mmft-plugin-hello" / "README.md",
+    *(ROOT / "examples" / name for name in ("mmft-plugin-hello/README.md", "personal_assistant/README.md")),
 )  # fmt: skip
 
 
@@ -156,10 +163,22 @@ def test_every_python_block_of_hooks_is_a_plugin_that_conforms(
         with pytest.raises(ValueError, match="keep"):
             projector.num_tokens(2)
     for source in offers.get("mmft_datasets", ()):
-        table = Path(module.__file__ or "").with_name("table.csv")
-        table.write_text("question,answer\n1 + 1?,2\n", "utf-8")
-        assert list(source.load(path=table)) == [{"question": "1 + 1?", "answer": "2"}]
-        assert source.files(path=table) == [table]
+        sums = Path(module.__file__ or "").with_name("a.sum")
+        sums.write_text("1 + 1 = 2\n1 + 2\n2 + 2 = 4\n", "utf-8")
+        bad = BadRecord(f"no ' = ' in the line: {sums} line 2")
+        whole = [{"query": "1 + 1", "response": "2"}, bad, {"query": "2 + 2", "response": "4"}]
+        assert list(source.load(path=sums)) == whole and source.files(path=sums) == [sums]
+        assert [list(source.load_from(start, path=sums)) for start in range(4)] == [whole[n:] for n in range(4)]
+        plugins = load_plugins([module])
+        assert source_of(sums, plugins) == source and format_of(sums, plugins)[0][0].name == "query_response"
+    for data_map in (one for one in offers.get("mmft_data_maps", ()) if one.write):
+        record = {"ask": "q", "choices": [{"text": text, "right": True} for text in "ab"]}
+        sample = data_map.fn(record)
+        assert len(sample.notes) == 1
+        assert data_map.fn(data_map.write(sample)) == replace(sample, notes=())
+        assert has_column(record, "choices[].right") and data_map.columns[1:] == ("choices[].text", "choices[].right")
+        with pytest.raises(DataError):
+            data_map.write(Document("text"))
 
 
 def test_the_blocks_of_hooks_implement_every_hook() -> None:
@@ -199,6 +218,33 @@ def test_the_walk_through_the_data_prints_what_the_page_shows(name: str) -> None
 def test_both_pages_about_data_have_the_same_commands_and_sessions() -> None:
     english, chinese = ROOT / "docs" / "data.md", ROOT / "docs" / "data.zh-CN.md"
     assert all(blocks(english, language) == blocks(chinese, language) for language in ("bash", "python", ""))
+
+
+TRAINING = (ROOT / "docs" / "training.md", ROOT / "docs" / "training.zh-CN.md")
+
+
+def test_both_pages_about_training_have_the_same_commands_and_tables() -> None:
+    english, chinese = TRAINING
+    assert all(blocks(english, language) == blocks(chinese, language) for language in ("bash", "python"))
+    counted = [[len(re.findall(p, page.read_text("utf-8"), re.M)) for p in (r"^#", r"^\|")] for page in TRAINING]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("page", TRAINING, ids=lambda page: page.name)
+def test_every_field_and_setting_that_the_training_pages_name_exists(page: Path) -> None:
+    text = page.read_text("utf-8")
+    names = re.findall(r"`((?:model|data|optim|runtime)(?:\.\w+)+)", text)
+    assert len(names) > 15
+    for name in names:
+        part: Any = TrainConfig
+        for field in name.split("."):
+            annotation = part.model_fields[field].annotation
+            options = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+            part = next((one for one in options if issubclass(one, BaseModel)), None)
+    for block in blocks(page, "python"):
+        exec(block, {})
+    values = re.findall(r"`(Lora\([a-z]+=.*?\))`", text)
+    assert len(values) == 4 and all(eval(value, {"Lora": Lora}) for value in values)
 
 
 Run = Callable[..., tuple[object, str, str]]

@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmft.testing import tiny_llm, tiny_vision
 
@@ -117,3 +122,60 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a text model."""
     return train_tiny(tmp_path_factory.mktemp("text"), sees=False)
+
+
+class Training:
+    """`mmft train` in processes of its own, which a test can kill."""
+
+    def start(self, config: Path, *options: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """Begin a run; several ranks are processes of torchrun, on this machine's CPU."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        return subprocess.Popen(
+            [sys.executable, *launcher, "-m", "mmft", "train", str(config), *options],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**quiet_environment(), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen[str], expected: int = 0) -> str:
+        """Wait for the end, which must have this exit code; returns what was printed."""
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == expected, output
+        return output
+
+    def run(self, config: Path, *options: str, expected: int = 0, ranks: int = 1) -> str:
+        """Both of these."""
+        return self.finish(self.start(config, *options, ranks=ranks), expected)
+
+    def wait_for(self, process: subprocess.Popen[str], path: Path) -> None:
+        """Until a run has written a file."""
+        deadline = time.monotonic() + 200
+        while not path.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def kill_at(self, config: Path, step: int) -> None:
+        """Begin a run in `run` beside its config, and kill it when the checkpoint of a step is there."""
+        process = self.start(config)
+        self.wait_for(process, config.parent / "run" / f"checkpoint-{step}" / "mmft.json")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (config.parent / "run" / "final").exists()
+
+    def weights(self, run: Path) -> dict[str, torch.Tensor]:
+        """Of everything small that a finished run has trained."""
+        found = {}
+        for name in ("projector.safetensors", "llm_adapter/adapter_model.safetensors"):
+            path = run / "final" / name
+            found |= load_file(path) if path.is_file() else {}
+        return found
+
+    def metrics(self, run: Path) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def training() -> Training:
+    """Runs that can be killed and resumed."""
+    return Training()

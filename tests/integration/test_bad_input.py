@@ -76,7 +76,7 @@ def error_of(monkeypatch, capsys, *arguments: str) -> str:
         ("data.datasets.0.image_folder=nowhere", "nowhere is not a folder"),
         ("model.vision.projector_weights=nowhere", "nowhere does not exist; run the pretrain stage first"),
         ("data.max_length=16", "16 tokens leave no room beside an image of 16 tokens"),
-        ("model.llm.quantization=int4", "'int4' is not one of 'none', 'nf4', 'int8'"),
+        ("model.llm.quantization=int4", "'int4' is not one of 'none', 'nf4', 'fp4', 'int8'"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(setting, expected, config, monkeypatch, capsys):
@@ -128,7 +128,7 @@ def test_a_python_error_in_a_config_names_file_and_line(config, monkeypatch, cap
 def test_chat_with_no_model_says_where_it_looked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no finished run under work_dirs" in error_of(monkeypatch, capsys, "chat")
-    assert "does not exist" in error_of(monkeypatch, capsys, "chat", "nowhere")
+    assert "'nowhere' is no folder and was not found" in error_of(monkeypatch, capsys, "chat", "nowhere")
 
 
 def test_every_problem_of_a_config_is_told_at_once(config, monkeypatch, capsys):

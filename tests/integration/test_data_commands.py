@@ -130,7 +130,7 @@ def test_truncation_and_packing_are_told_beforehand(mmft: Mmft) -> None:
     write(Path("data.json"), [qa("Long. " * 60), *(qa(f"Answer {k}.") for k in range(20))])
     result = mmft("check", "tiny.py", "--set", "data.too_long=truncate", "--set", "data.packing=true")
     assert result.exit_code == 0, result.output
-    assert "1 truncated (data.too_long='truncate')" in result.output
+    assert "longer than 64" in result.output and "truncated" in result.output
     assert "packed 21 samples into" in result.output and "% full" in result.output
 
 
@@ -272,3 +272,64 @@ def test_a_picture_that_cannot_be_shown_says_why_on_the_page(shown: Mmft) -> Non
     shown("show", "tiny.py", "--index", "5", "--html", "show.html")
     page = Path("show.html").read_text("utf-8")
     assert "is empty (0 bytes), not an image" in page and "<img" not in page
+
+
+def test_records_the_template_cannot_render_are_counted_and_listed(mmft: Mmft, tiny_llm_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tool = {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    Path("a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [{"messages": turns}, tool]), "utf-8")
+    options = ("--llm", str(tiny_llm_path), "--chat-template", "vicuna")
+    result = mmft("check", "a.jsonl", *options, "--out", "out")
+    assert result.exit_code == 2 and "2, 1 can be trained on" in result.output
+    assert "1  not rendered: " in result.output and "'vicuna'" in result.output
+    assert "1 of them since the chat template cannot render them" in result.output
+    line = json.loads(Path("out/dropped.jsonl").read_text("utf-8"))
+    assert (line["record"], line["action"]) == (2, "not rendered")
+    assert mmft("check", "a.jsonl", *options, "--max-bad-fraction", "0.5").exit_code == 0
+
+
+def test_pictures_that_the_named_map_does_not_read_are_a_problem(mmft: Mmft) -> None:
+    write(Path("llava.json"), [qa("A.", "<image>\nWhat?", image="good.png"), qa("B.")])
+    result = mmft("check", "llava.json", "--data-map", "wizardlm")
+    assert result.exit_code == 2
+    assert "1 records have pictures (first record 1) that the data map 'wizardlm' does not read" in result.output
+    assert "1 <image> marks stay as text; it looks like llava" in result.output
+
+
+def test_a_config_whose_map_is_wrong_is_told_the_one_that_fits(mmft: Mmft) -> None:
+    write(Path("data.json"), [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    result = mmft("check", "tiny.py")
+    assert result.exit_code == 2 and "problem: this looks like `openai`: it has messages[].role" in result.output
+
+
+def test_pictures_inside_a_table_are_checked_with_a_folder_for_them(mmft: Mmft) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {"image": Path("pictures/good.png").read_bytes(), "conversations": qa("A.", "<image>\nB?")["conversations"]}
+    parquet.write_table(arrow.Table.from_pylist([row]), "a.parquet")
+    assert "extract_to" in str(mmft("check", "a.parquet").exception)
+    for options in (("--extract-to", "out"), ("--source-option", "extract_to=out")):
+        result = mmft("check", "a.parquet", *options)
+        assert result.exit_code == 0, result.output
+        assert "looks like llava" in result.output and "1 <image> marks, 1 images" in result.output
+
+
+def test_a_folder_is_checked_as_a_file_is(mmft: Mmft) -> None:
+    Path("books").mkdir()
+    for name in ("a.md", "b.txt"):
+        Path("books", name).write_text(f"Once upon a time, {name}.", "utf-8")
+    result = mmft("check", "books")
+    assert result.exit_code == 0 and "2, 2 can be trained on" in result.output
+    assert Path("work_dirs/check/books/report.html").is_file()
+
+
+def test_show_of_a_file_names_the_command_for_files(mmft: Mmft) -> None:
+    write(Path("llava.json"), [qa("A.")])
+    result = mmft("show", "llava.json")
+    assert result.exit_code == 2 and "show needs a config" in result.output
+    assert "mmft data check llava.json" in result.output
+
+
+def test_an_option_for_files_names_the_setting_of_a_config(mmft: Mmft) -> None:
+    result = mmft("check", "tiny.py", "--data-map", "alpaca")
+    assert "in a config it is --set data.datasets.0.data_map=..." in result.output

@@ -1,15 +1,10 @@
 """A killed run goes on as if nothing had happened: bitwise, mid-epoch, with LoRA dropout and packing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 CONFIG = """
 from mmft.config import LLM, Data, Dataset, Lora, Model, Optim, Runtime, TrainConfig, Vision, use
@@ -55,80 +50,47 @@ def write_config(folder: Path, setting) -> Path:
     return path
 
 
-def start(config: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mmft", "train", str(config), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen, expected: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == expected, output
-    return output
-
-
-def weights(folder: Path):
-    return {
-        **load_file(folder / "final" / "projector.safetensors"),
-        **load_file(folder / "final" / "llm_adapter" / "adapter_model.safetensors"),
-    }
-
-
-def losses(folder: Path):
-    return [(m["step"], m["loss"]) for m in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+def losses(training, folder: Path):
+    return [(m["step"], m["loss"]) for m in training.metrics(folder)]
 
 
 @pytest.fixture(scope="module")
-def straight(setting, tmp_path_factory):
+def straight(training, setting, tmp_path_factory):
     config = write_config(tmp_path_factory.mktemp("runs") / "straight", setting)
-    finish(start(config))
+    training.run(config)
     return config.parent / "run"
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_bitwise_the_same_weights(setting, straight, tmp_path):
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_in_bitwise_the_same_weights(training, setting, straight, tmp_path):
     config = write_config(tmp_path / "killed", setting)
     run = config.parent / "run"
-    process = start(config)
-    deadline = time.monotonic() + 200
-    while not (run / "checkpoint-4" / "mmft.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "final").exists()
-    output = finish(start(config, "--resume"))
-    assert "going on from" in output
-    assert losses(run) == losses(straight)
-    expected, got = weights(straight), weights(run)
+    training.kill_at(config, 4)
+    assert "going on from" in training.run(config, "--resume")
+    assert losses(training, run) == losses(training, straight)
+    expected, got = training.weights(straight), training.weights(run)
     assert expected.keys() == got.keys()
     assert all(expected[name].equal(got[name]) for name in expected)
 
 
-def test_steps_per_epoch_make_step_4_the_middle_of_one(straight):
+def test_steps_per_epoch_make_step_4_the_middle_of_one(training, straight):
     """What the test above relies on: step 4 is no epoch's end."""
-    epochs = [m["epoch"] for m in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines())]
+    epochs = [m["epoch"] for m in training.metrics(straight)]
     assert epochs[3] != int(epochs[3])
     assert epochs[-1] == 3
 
 
-def test_resume_without_a_checkpoint_says_so_and_exits_2(setting, tmp_path):
-    config = write_config(tmp_path / "nothing", setting)
-    output = finish(start(config, "--resume"), expected=2)
+def test_resume_without_a_checkpoint_says_so_and_exits_2(training, setting, tmp_path):
+    output = training.run(write_config(tmp_path / "nothing", setting), "--resume", expected=2)
     assert "nothing to resume from" in output
     assert "Traceback" not in output
 
 
-def test_sigterm_saves_and_exits_143(setting, tmp_path):
+def test_sigterm_saves_and_exits_143(training, setting, tmp_path):
     config = write_config(tmp_path / "terminated", setting)
     run = config.parent / "run"
-    process = start(config, "--set", "runtime.save_steps=1000", "--set", "optim.epochs=300")
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = training.start(config, "--set", "runtime.save_steps=1000", "--set", "optim.epochs=300")
+    training.wait_for(process, run / "metrics.jsonl")
     process.send_signal(signal.SIGTERM)
-    output = finish(process, expected=143)
+    output = training.finish(process, expected=143)
     assert "go on with: --resume" in output
     assert len(list(run.glob("checkpoint-*/mmft.json"))) == 1

@@ -1,5 +1,6 @@
 """`mmft chat` as a user runs it: once, through a pipe, and at a terminal."""
 
+import json
 import os
 import pty
 import select
@@ -17,6 +18,7 @@ import os, sys
 os.open(os.ttyname(0), os.O_RDWR)
 os.execv(sys.executable, [sys.executable, "-m", "mmft", *sys.argv[1:]])
 """
+PROMPT = "\x1b[?2004h"  # prompt-toolkit is ready to read: it asks the terminal to mark what is pasted
 Mmft = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -41,7 +43,7 @@ def test_each_line_of_a_pipe_is_a_question_of_one_conversation(tiny_run: Path, m
     result = mmft("chat", tiny_run, "--image", picture, input="\n".join(lines) + "\n")
     assert result.stdout == "A picture.\nA picture.\n"  # with the picture again after a reset; none after EXIT
     assert "error: nowhere.png: no such image file\n" in result.stderr
-    assert "error: no command /nonsense; there are /image, /reset, /exit and /help\n" in result.stderr
+    assert "error: no command /nonsense; there are /image, /reset, " in result.stderr
     assert result.returncode == 2  # two lines had no answer
 
 
@@ -52,6 +54,25 @@ def test_a_text_model_takes_no_picture_and_the_chat_goes_on(tiny_text_run: Path,
     assert result.stdout.splitlines() == ["Hello there.", "Hello again.", "Again what?"]
 
 
+def test_json_counts_and_the_rest_is_on_stderr(tiny_text_run: Path, mmft: Mmft) -> None:
+    result = mmft("chat", tiny_text_run, "--json", input="Say hello.\nAgain?\n")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["answer"], first["finish"], second["answer"]) == ("Hello there.", "stop", "Hello again.")
+    assert second["reused_tokens"] >= first["prompt_tokens"]
+    assert result.stderr == f"model: {tiny_text_run / 'final'}\n"
+
+
+def test_whoever_reads_the_answers_may_stop_reading(tiny_text_run: Path, environment: dict[str, str]) -> None:
+    command = f"{sys.executable} -m mmft chat {tiny_text_run} | head -n 1"
+    lines = "Say hello.\n" * 20
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], input=lines, capture_output=True, text=True, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (141, "Hello there.\n")
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
 class Terminal:
     """A program at the other end of a pseudo-terminal."""
 
@@ -60,7 +81,8 @@ class Terminal:
         self.fd, inner = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_A_TERMINAL, *arguments],
-            stdin=inner, stdout=inner, stderr=inner, env={**environment, "TERM": "xterm"}, start_new_session=True,
+            stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
+            env={**environment, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(inner)
 
@@ -71,7 +93,10 @@ class Terminal:
             left = deadline - time.monotonic()
             assert left > 0, f"{text!r} did not appear in {self.screen!r}"
             if select.select([self.fd], [], [], left)[0]:
-                self.screen += os.read(self.fd, 4096).decode("utf-8", "replace")
+                try:
+                    self.screen += os.read(self.fd, 4096).decode("utf-8", "replace")
+                except OSError as error:  # the program has ended
+                    raise AssertionError(f"{text!r} did not appear before the end of {self.screen!r}") from error
         before, _, self.screen = self.screen.partition(text)
         return before + text
 
@@ -80,34 +105,44 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tiny_text_run: Path, environment: dict[str, str]) -> Iterator[Terminal]:
-    terminal = Terminal(environment, "chat", str(tiny_text_run))
+def terminal(tiny_text_run: Path, environment: dict[str, str], tmp_path: Path) -> Iterator[Terminal]:
+    """A chat; the history of questions is in `state`."""
+    terminal = Terminal({**environment, "XDG_STATE_HOME": str(tmp_path / "state")}, "chat", str(tiny_text_run))
     yield terminal
     terminal.process.kill()
     terminal.process.wait()
     os.close(terminal.fd)
 
 
-def test_a_chat_at_a_terminal(terminal: Terminal, answers: dict[str, str]) -> None:
+def test_a_chat_at_a_terminal(terminal: Terminal, answers: dict[str, str], tmp_path: Path) -> None:
     terminal.wait_for("/help lists the commands.")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("Say hello.\r")
     assert "<|" not in terminal.wait_for("Hello there.\r\n")  # no special token is shown
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("/reset\r")
     terminal.wait_for("forgotten")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("Count.\r")
     terminal.wait_for("1 2 3")
     terminal.type("\x03")  # Ctrl-C stops the answer and not the chat
     assert len(terminal.wait_for("(stopped)")) < len(answers["Count."])
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("/reset\r")
-    terminal.wait_for("> ")
+    terminal.wait_for("forgotten")
+    terminal.wait_for(PROMPT)
     terminal.type("Paint.\r")
     painted = terminal.wait_for("[31mred")
     assert "\x1b[31m" not in painted, "an escape sequence of the model reached the terminal"
-    terminal.wait_for("> ")
-    time.sleep(0.5)  # CPython's input() misses a signal between writing its prompt and waiting for a key
+    terminal.wait_for(PROMPT)
+    terminal.type("RESET\r")
+    terminal.wait_for("forgotten")
+    terminal.wait_for(PROMPT)
+    terminal.type("\x1b[A" * 6 + "\r")  # the first question is six keys away
+    terminal.wait_for("Hello there.\r\n")
+    terminal.wait_for(PROMPT)
     terminal.type("\x03")  # at the prompt it ends the chat
     assert terminal.process.wait(timeout=20) == 0
+    history = tmp_path / "state" / "mmft" / "chat_history"
+    assert "+Say hello." in history.read_text("utf-8")
+    assert history.stat().st_mode & 0o077 == 0, "others may read what was asked"

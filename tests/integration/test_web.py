@@ -187,6 +187,7 @@ def test_an_upload_of_more_than_20_mb_is_refused(address: str) -> None:
 @pytest.fixture
 def endless(reading: Assistant) -> Iterator[str]:
     """The page of a model that repeats itself and never ends, so that it answers again only once it was stopped."""
+    reading.model.causal_lm.config.max_position_embeddings = 200_000
     generation = Generation(max_new_tokens=100_000, repetition_penalty=0.01)
     with closing(build_page(reading, generation)) as page:
         yield page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)[1]

@@ -21,13 +21,16 @@ from mmft.specs import ChatTemplate
 from mmft.testing import tiny_tokenizer
 from mmft.types import Conversation, Message, Role, Text, ToolCall
 from mmft_plugins.family_templates import mmft_chat_templates
-from mmft_plugins.templates import AUTO, LLAMA3_TEMPLATE
+from mmft_plugins.templates import AUTO, CHATML_TEMPLATE, LLAMA3_TEMPLATE
 
 JINJA = Path(__file__).parent / "jinja"
 TEMPLATES = {template.name: template for template in mmft_chat_templates()}
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>")
-MISTRAL = ("<s>", "</s>", "[INST]", "[/INST]")
+MISTRAL = (
+    "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)  # fmt: skip
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>")
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 GLM = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -50,7 +53,8 @@ TOKENS: dict[str, tuple[tuple[str, ...], str | None, str]] = {
     "command_r": (COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "granite": (("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"), None, "<|end_of_text|>"),
 }
-TOOL_FAMILIES = ("qwen2_5", "qwen3", "llama3_1", "llama3_2", "granite")
+MISTRALS = ("mistral_v2", "mistral_v3", "mistral_nemo")
+TOOL_FAMILIES = ("qwen2_5", "qwen3", "llama3_1", "llama3_2", "granite", *MISTRALS)
 # auto finds no sound mask: Mistral loses the system text of a finished conversation, GLM-4 ends an answer with nothing
 AUTO_REFUSES = ("mistral_v2", "mistral_v3", "mistral_nemo", "glm4")
 
@@ -82,7 +86,7 @@ def test_every_family_is_compared() -> None:
 def test_a_family_has_the_ids_of_its_models_own_template(
     name: str, load: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "mmft.data.proof"):
+    with caplog.at_level(logging.DEBUG, "mmft.data.proof"):
         found = prove_template(TEMPLATES[name], Tokenizer(load(name)))
     assert not found, "\n".join(map(str, found))
     assert "tools, a call and its result: skipped" not in caplog.text
@@ -190,8 +194,151 @@ def test_llama31_refuses_what_its_format_would_lose(load: Callable[..., Any]) ->
     hf = load("llama3_1")
     for parts, calls in ((), (ToolCall("f", {}), ToolCall("g", {}))), ((Text("I look."),), (ToolCall("f", {}),)):
         conversation = Conversation((*talk(("user", "q")).messages, Message("assistant", parts, calls)), (TOOL,))
-        with pytest.raises(DataError, match="one call a turn and no text beside it"):
-            render(TEMPLATES["llama3_1"], hf, conversation)
+        for name in ("llama3_1", "llama3_2"):
+            with pytest.raises(DataError, match=f"'{name}' takes one call a turn and no text beside it"):
+                render(TEMPLATES[name], hf, conversation)
+    with pytest.raises(DataError, match="leaves out the text beside a call"):
+        render(AUTO, hf, conversation)
+
+
+def tool_talk(*ids: tuple[str | None, str | None], question: str = "How warm is it?") -> Conversation:
+    """Rounds of a call and its result, each with the id at the call and at the result."""
+    rounds = [
+        message
+        for call, result in ids
+        for message in (
+            Message("assistant", (), (ToolCall("weather", {"city": "北京", "deep": {"a": [1]}}, call),)),
+            Message("tool", (Text('{"celsius": 21}'),), call_id=result),
+        )
+    ]
+    turns = (*talk(("user", question)).messages, *rounds, *talk(("assistant", "It is 21.")).messages)
+    return Conversation(turns, (TOOL, {**TOOL, "function": {**TOOL["function"], "strict": True, "return": "x"}}))
+
+
+@pytest.mark.parametrize("name", MISTRALS)
+def test_mistrals_tools_have_the_models_ids_and_calls_are_trained(name: str, load: Callable[..., Any]) -> None:
+    hf = load(name)
+    conversation = tool_talk(("abcdefghi", "abcdefghi"), ("123456789", "123456789"))
+    named, auto = (render(template, hf, conversation) for template in (TEMPLATES[name], AUTO))
+    theirs = hf.apply_chat_template(as_messages(conversation), tools=list(conversation.tools))["input_ids"]
+    assert hf.decode(named.input_ids) == hf.decode(theirs)
+    assert named.input_ids.tolist() == auto.input_ids.tolist() == theirs
+    assert named.loss_mask.tolist() == auto.loss_mask.tolist()
+    trained = hf.decode(named.input_ids[named.loss_mask])
+    assert trained.count("[TOOL_CALLS]") == 2 and "TOOL_RESULTS" not in trained and trained.endswith("It is 21.</s>")
+
+
+@pytest.mark.parametrize("name", MISTRALS)
+@pytest.mark.parametrize("ids", [(None, None), ("call_0123456789abcdef", "call_0123456789abcdef"), ("1", None)])
+def test_ids_that_mistral_does_not_take_are_replaced_in_their_order(
+    name: str, ids: tuple[str | None, str | None], load: Callable[..., Any]
+) -> None:
+    hf = load(name)
+    given, valid = tool_talk(ids, ids), tool_talk(("call00001", "call00001"), ("call00002", "call00002"))
+    expected = render(TEMPLATES[name], hf, valid).input_ids.tolist()
+    assert render(TEMPLATES[name], hf, given).input_ids.tolist() == expected
+    assert render(AUTO, hf, given).input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("name", MISTRALS)
+def test_results_of_parallel_calls_refer_to_their_calls_in_any_order(name: str, load: Callable[..., Any]) -> None:
+    def parallel(first: str, second: str) -> Conversation:
+        calls = (ToolCall("weather", {"city": "Paris"}, first), ToolCall("weather", {"city": "北京"}, second))
+        results = [Message("tool", (Text(one),), call_id=one_id) for one, one_id in (("2", second), ("1", first))]
+        asked, said = talk(("user", "q"), ("assistant", "Warm.")).messages
+        return Conversation((asked, Message("assistant", (), calls), *results, said), (TOOL,))
+
+    hf, valid = load(name), parallel("call00001", "call00002")
+    theirs = hf.apply_chat_template(as_messages(valid), tools=[TOOL])["input_ids"]
+    for template in (TEMPLATES[name], AUTO):
+        for conversation in (valid, parallel("call_abcdefghijkl", "call_mnopqrstuvwx")):
+            assert render(template, hf, conversation).input_ids.tolist() == theirs
+
+
+@pytest.mark.parametrize("name", MISTRALS)
+def test_mistrals_schemas_stand_before_the_last_question_and_earlier_answers_are_not_trained(
+    name: str, load: Callable[..., Any]
+) -> None:
+    hf = load(name)
+    for first in ("Hi", "How warm is it?"):  # a question like the last one has the schemas as well
+        last = tool_talk(("abcdefghi", "abcdefghi"))
+        conversation = replace(last, messages=(*talk(("user", first), ("assistant", "Yes.")).messages, *last.messages))
+        found = render(TEMPLATES[name], hf, conversation)
+        theirs = hf.apply_chat_template(as_messages(conversation), tools=list(conversation.tools))["input_ids"]
+        assert found.input_ids.tolist() == theirs
+        assert "Yes." not in hf.decode(found.input_ids[found.loss_mask])
+
+
+@pytest.mark.parametrize("name", MISTRALS)
+def test_mistral_refuses_what_its_format_would_lose(name: str, load: Callable[..., Any]) -> None:
+    hf, call = load(name), ToolCall("weather", {}, "abcdefghi")
+    beside = Conversation((*talk(("user", "q")).messages, Message("assistant", (Text("I look."),), (call,))), (TOOL,))
+    with pytest.raises(DataError, match=f"'{name}' has no place for a text beside a call"):
+        render(TEMPLATES[name], hf, beside)
+    with pytest.raises(DataError, match="leaves out the text beside a call"):
+        render(AUTO, hf, beside)
+    with pytest.raises(DataError, match="there is none"):
+        render(TEMPLATES[name], hf, Conversation(beside.messages[1:], (TOOL,)))
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENS if name not in (*TOOL_FAMILIES, "command_r")])
+def test_a_family_without_tools_advises_what_works(name: str, load: Callable[..., Any]) -> None:
+    """Not 'auto', which refuses its model's own template too, but ChatML."""
+    hf, conversation = load(name), tool_talk((None, None))
+    with pytest.raises(DataError, match="own template ignores tools too, so 'auto' refuses") as refused:
+        render(TEMPLATES[name], hf, conversation)
+    assert "choose 'chatml' with data.allow_template_difference" in str(refused.value)
+    with pytest.raises(DataError, match="choose"):
+        render(AUTO, hf, conversation)
+    assert CHATML_TEMPLATE.render(conversation)
+
+
+def thoughtful(*thoughts: str | None) -> Conversation:
+    """A question and an answer for each thought."""
+    answers = [Message("assistant", (Text(f"answer {n}"),), reasoning=one) for n, one in enumerate(thoughts)]
+    return Conversation(tuple(m for answer in answers for m in (*talk(("user", "why?")).messages, answer)))
+
+
+@pytest.mark.parametrize("thoughts", [("hm",), ("\n  hm <|im_x|>\n\n",), ("one", "two"), (None, "two"), ("one", None)])
+def test_qwen3_writes_reasoning_as_its_own_template_does(
+    thoughts: tuple[str | None, ...], load: Callable[..., Any]
+) -> None:
+    hf, conversation = load("qwen3"), thoughtful(*thoughts)
+    named, auto = (render(template, hf, conversation) for template in (TEMPLATES["qwen3"], AUTO))
+    theirs = hf.apply_chat_template(as_messages(conversation))["input_ids"]
+    assert hf.decode(named.input_ids) == hf.decode(theirs) == hf.decode(auto.input_ids)
+    assert named.input_ids.tolist() == theirs
+    assert named.loss_mask.tolist() == auto.loss_mask.tolist()
+    assert hf.decode(named.input_ids[named.loss_mask]) == (
+        f"<think>\n{(thoughts[-1] or '').strip(chr(10))}\n</think>\n\nanswer {len(thoughts) - 1}<|im_end|>"
+    )
+
+
+def test_auto_trains_every_thought_that_a_templates_generation_blocks_keep(load: Callable[..., Any]) -> None:
+    """As TRL's training variant of Qwen3's template does, and Qwen3's own does not."""
+    hf, conversation = load("qwen3", "qwen3_generation"), thoughtful("one", "two")
+    found = render(AUTO, hf, conversation)
+    assert found.input_ids.tolist() == hf.apply_chat_template(as_messages(conversation))["input_ids"]
+    trained = hf.decode(found.input_ids[found.loss_mask])
+    assert "one\n</think>" in trained and "two\n</think>" in trained
+
+
+def test_reasoning_is_data_and_cannot_forge_a_control_token(load: Callable[..., Any]) -> None:
+    hf = load("qwen3")
+    for template in (TEMPLATES["qwen3"], AUTO):
+        plain, forged = (
+            render(template, hf, thoughtful(f"a {word} b")).input_ids.tolist() for word in ("x", "<|im_end|>")
+        )
+        end = hf.convert_tokens_to_ids("<|im_end|>")
+        assert plain.count(end) == forged.count(end) == 2
+
+
+def test_a_template_without_a_form_for_reasoning_keeps_the_answer(load: Callable[..., Any]) -> None:
+    for name in ("qwen2_5", "llama3_1", "gemma3"):
+        hf = load(name)
+        for template in (TEMPLATES[name], AUTO):
+            found = render(template, hf, thoughtful("hm"))
+            assert found.input_ids.tolist() == render(template, hf, thoughtful(None)).input_ids.tolist()
 
 
 def test_smollm_has_the_ids_of_the_real_tokenizers_own_template() -> None:

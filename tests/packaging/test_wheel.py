@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,12 @@ def test_a_run_trains_with_the_third_partys_template_and_map(clean: Environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "step 2/2" in result.stdout
     manifest = json.loads((clean.work / "run" / "final" / "mmft.json").read_text("utf-8"))
-    assert manifest["plugins"] == {"chat template hello/zephyr": "mmft-plugin-hello 0.1.0"}
+    hello = "mmft-plugin-hello 0.1.0"
+    assert manifest["plugins"] == {
+        "chat template hello/zephyr": hello,
+        "data map question_answer": hello,
+        "data source jsonl": f"mmft {version('mmft')}",
+    }
     assert (clean.work / "run" / "report.html").is_file()  # its template is package data
 
 

@@ -123,3 +123,16 @@ def test_generation_uses_sdpa_and_puts_the_implementation_back(llm):
     with attention.for_generation(llm):
         assert llm.config._attn_implementation == "sdpa"
     assert llm.config._attn_implementation == attention.VARLEN
+
+
+def test_the_cuda_kernel_is_taken_only_where_it_has_windows_and_grouped_heads(monkeypatch):
+    """The module may be there without them (torch < 2.12)."""
+    from torch.nn.attention import varlen
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        raise AssertionError("not called")
+
+    available = attention._cuda_kernel_available.__wrapped__
+    assert available()
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    assert not available()

@@ -3,58 +3,16 @@
 import logging
 import pickle
 from collections.abc import Callable, Mapping
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from template_talk import TALK, data, shown, talk
 
 from mmft.data.tokenize import Tokenizer, tokenize
 from mmft.errors import DataError
-from mmft.testing import CHATML, check_chat_template, tiny_tokenizer
-from mmft.types import Conversation, Image, Message, Role, Segment, Text, ToolCall
-from mmft_plugins.templates import (
-    AUTO,
-    CHATML_TEMPLATE,
-    PLAIN,
-    VICUNA,
-)
-
-TALK = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))
-LLAMA_TOKENS = {"special": ("<unk>", "<s>", "</s>"), "eos": "</s>", "bos": "<s>"}
-
-
-def talk(*turns: tuple[Role, str], **options: Any) -> Conversation:
-    return Conversation(tuple(Message(role, (Text(text),)) for role, text in turns), **options)
-
-
-def shown(segments: Any) -> str:
-    """The text, `[...]` around what is trained and `{source}` for an image."""
-    text = ""
-    for loss, run in groupby(segments, key=lambda segment: segment.loss):
-        inner = "".join(f"{{{s.content.source}}}" if isinstance(s.content, Image) else s.content for s in run)
-        text += f"[{inner}]" if loss else inner
-    return text
-
-
-def data(segments: list[Segment]) -> list[Any]:
-    """What is not markup."""
-    return [segment.content for segment in segments if not segment.markup]
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Callable[..., Any]:
-    """A tiny tokenizer; `jinja=None` leaves it without a chat template."""
-
-    def tokenizer(jinja: str | None = CHATML, **options: Any) -> Any:
-        folder = tiny_tokenizer(tmp_path / "tokenizer", chat_template=jinja or "", **options)
-        loaded = AutoTokenizer.from_pretrained(folder)
-        loaded.chat_template = jinja
-        return loaded
-
-    return tokenizer
-
+from mmft.testing import CHATML, check_chat_template
+from mmft.types import Conversation, Image, Message, Text, ToolCall
+from mmft_plugins.templates import AUTO, CHATML_TEMPLATE, PLAIN, VICUNA
 
 TOOL: Mapping[str, Any] = {"type": "function", "function": {"name": "f"}}
 TOOL_TALK = Conversation(
@@ -105,11 +63,10 @@ def test_auto_puts_images_where_they_stand(tokenizer: Callable[..., Any]) -> Non
 
 
 def test_auto_trains_the_last_turn_alone_where_the_template_rewrites_history(
-    tokenizer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    tokenizer: Callable[..., Any],
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        bound = AUTO.for_tokenizer(tokenizer(REWRITES))
-    assert "only the last answer" in caplog.text
+    bound = AUTO.for_tokenizer(tokenizer(REWRITES))
+    assert bound.rewrites_history  # which a run tells the user, once
     assert shown(bound.render(talk(*TALK))) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
         "<|im_start|>assistant\n[<think>\n\n</think>\n\nCiao<|im_end|>]\n"
@@ -128,8 +85,8 @@ def test_auto_says_nothing_of_a_template_that_trains_every_turn(
     tokenizer: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        AUTO.for_tokenizer(tokenizer())
-    assert not caplog.records
+        bound = AUTO.for_tokenizer(tokenizer())
+    assert not caplog.records and not bound.rewrites_history
 
 
 def test_auto_ends_a_turn_at_its_first_control_token(tokenizer: Callable[..., Any]) -> None:
@@ -257,10 +214,8 @@ def test_auto_must_be_bound_to_a_tokenizer() -> None:
 def test_bound_templates_pickle_with_their_tokenizer(tokenizer: Callable[..., Any]) -> None:
     hf = tokenizer()
     for template in (AUTO, VICUNA, PLAIN):
-        bound = template.for_tokenizer(hf)
-        again = pickle.loads(pickle.dumps(bound))
-        pair = talk(*TALK[:2])
-        assert list(again.render(pair)) == list(bound.render(pair))
+        again = pickle.loads(pickle.dumps(bound := template.for_tokenizer(hf)))
+        assert list(again.render(talk(*TALK[:2]))) == list(bound.render(talk(*TALK[:2])))
 
 
 def test_data_that_spells_a_control_token_stays_text_next_to_real_ones(tokenizer: Callable[..., Any]) -> None:
@@ -297,3 +252,61 @@ def test_auto_warns_of_a_template_that_writes_todays_date(
     with caplog.at_level(logging.WARNING):
         AUTO.for_tokenizer(tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML))
     assert "writes today's date (strftime_now)" in caplog.text
+
+
+@pytest.mark.parametrize("jinja", [CHATML, STRIPS, BLOCKS])
+def test_auto_renders_each_conversation_of_a_known_shape_once(jinja: str, tokenizer: Callable[..., Any]) -> None:
+    hf = tokenizer(jinja)
+    bound, real, rendered = AUTO.for_tokenizer(hf), hf.apply_chat_template, []
+    hf.apply_chat_template = lambda *given, **options: rendered.append(given) or real(*given, **options)
+    bound.render(talk(("user", "q"), ("assistant", "a")))
+    first = len(rendered)
+    bound.render(talk(("user", " question "), ("assistant", "answer")))
+    assert len(rendered) == first + 1
+
+
+SHAPES = (
+    talk(*TALK),
+    talk(*TALK, ("user", "Encore"), ("assistant", "Oui")),
+    talk(("user", " x\n"), ("assistant", "<|im_end|>")),
+    talk(("user", ""), ("assistant", "\U000f0001")),
+    Conversation((Message("user", (Image("1"), Text("a"), Image("1"))), *talk(("assistant", "b")).messages)),
+    Conversation(
+        (*talk(("user", "a")).messages, Message("assistant", (Text("b"),), loss=False), *talk(*TALK).messages)
+    ),
+    TOOL_TALK,
+    Conversation(TOOL_TALK.messages, ({"name": "other"},)),
+)
+
+
+@pytest.mark.parametrize("jinja", [CHATML, STRIPS, CHANGES, REWRITES, BLOCKS, TOOL_JINJA])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_auto_gives_the_same_for_a_shape_it_knows(jinja: str, prompt: bool, tokenizer: Callable[..., Any]) -> None:
+    def outcome(bound: Any, conversation: Conversation) -> Any:
+        try:
+            return list(bound.render(conversation, generation_prompt=prompt))
+        except DataError as error:
+            return str(error)
+
+    hf = tokenizer(jinja)
+    used = AUTO.for_tokenizer(hf)
+    for conversation in (*SHAPES, *reversed(SHAPES)):
+        assert outcome(used, conversation) == outcome(AUTO.for_tokenizer(hf), conversation)
+
+
+def test_auto_refuses_a_template_that_swaps_images_whatever_it_saw_before(tokenizer: Callable[..., Any]) -> None:
+    bound = AUTO.for_tokenizer(tokenizer(CHATML.replace("message['content']", "message['content'] | reverse")))
+    for second in "12":
+        with pytest.raises(DataError, match="loses or repeats an image"):
+            bound.render(
+                Conversation((Message("user", (Image("1"), Image(second))), *talk(("assistant", "x")).messages))
+            )
+
+
+def test_auto_keeps_contents_as_data_when_the_date_changes_under_way(tokenizer: Callable[..., Any]) -> None:
+    hf = tokenizer("{% set how = strftime_now %}Monday" + CHATML)
+    bound = AUTO.for_tokenizer(hf)
+    bound.render(talk(*TALK[:2]))
+    hf.chat_template = hf.chat_template.replace("Monday", "Tuesday")
+    segments = list(bound.render(talk(("user", "<|im_end|>"), ("assistant", "x"))))
+    assert data(segments) == ["<|im_end|>", "x"] and shown(segments).startswith("Tuesday")

@@ -16,7 +16,7 @@ from mmft.data.collate import BAD_SAMPLES, Collator
 from mmft.data.dataset import prepare
 from mmft.data.store import Drop, TokenStore
 from mmft.data.tokenize import Tokenizer
-from mmft.errors import DataError
+from mmft.errors import CheckpointError, DataError
 from mmft.plugins import Plugins
 from mmft.types import IGNORE_INDEX
 
@@ -200,9 +200,77 @@ def test_too_large_a_share_of_bad_samples_stops_the_run_after_a_hundred(tmp_path
         account.take(batch_of(10))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_the_counts_of_a_checkpoint_are_gone_on_from(tmp_path: Path) -> None:
+    account = BadSamples(tmp_path / "dropped.jsonl", 0.01)
+    account.take(batch_of(90, Drop("a.json", 4, "", "image cannot be read: x"), Drop("a.json", 5, "", "y")))
+    account.save(tmp_path)
+    resumed = BadSamples(tmp_path / "dropped.jsonl", 0.01)
+    resumed.load(tmp_path)
+    with pytest.raises(DataError, match=r"2 of 100 samples had an image that cannot be read"):
+        resumed.take(batch_of(10))
+
+
+def test_a_checkpoint_without_counts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"bad_samples\.json: no counts of bad samples"):
+        BadSamples(tmp_path / "dropped.jsonl", 0.01).load(tmp_path)
+
+
+def told_by_two(rank: int, folder: Path) -> None:
+    """Two samples are bad, and one rank finds both of them: each rank alone is within the limit or far beyond."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    account = BadSamples(folder / "dropped.jsonl", 0.02)
+    bad = [Drop("a.json", n, "", "image cannot be read: x") for n in (4, 5, 4)[: 3 * rank]]
+    account.take(batch_of(49, *bad))
+    assert account.seen == 0 and not account.path.exists()  # a rank says nothing before all of them do
+    account.share()
+    account.take(batch_of(1))
+    with pytest.raises(DataError) as caught:
+        account.share()
+    account.save(folder / str(rank))
+    (folder / str(rank) / "error").write_text(str(caught.value), "utf-8")
+
+
+def test_ranks_judge_together_and_one_of_them_writes_the_list(tmp_path: Path) -> None:
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    torch.multiprocessing.start_processes(told_by_two, (tmp_path,), nprocs=2, start_method="fork")
+    lines = (tmp_path / "dropped.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["record"] for line in lines] == [4, 5]
+    assert "3 of 100 samples" in (tmp_path / "0" / "error").read_text("utf-8")
+    for name in ("error", "bad_samples.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+class Cache:
+    """Cached features of all pictures but one."""
+
+    def read(self, images: Any) -> torch.Tensor:
+        return torch.stack([torch.full((1, 2), float("cut" not in str(image.source))) for image in images])
+
+    def check(self, images: Any) -> None:
+        for image in images:
+            if "cut" in str(image.source):
+                raise DataError(f"{image.source}: is cut off")
+
+
+@pytest.mark.parametrize("policy", ["drop", "replace"])
+def test_a_picture_without_cached_features_is_bad_as_one_that_cannot_be_opened(folder: Folder, policy: Any) -> None:
+    store = folder.store([qa("yes", "good.png"), qa("no", "cut.png"), qa("a", "other.png")])
+    batch = Collator("flat", features=Cache(), on_bad_sample=policy, store=store, seed=5)([store[0], store[1]])
+    first = int(store.lengths[0])
+    lesson = bool((batch["labels"][0, first:] != IGNORE_INDEX).any())
+    (drop,) = batch[BAD_SAMPLES]  # type: ignore[typeddict-item]
+    assert (drop.record, drop.reason) == (2, f"image cannot be read: {folder.folder / 'cut.png'}: is cut off")
+    action, features = {"drop": ("dropped", [1, 0]), "replace": ("replaced", [1, 1])}[policy]
+    assert drop.action == action and batch["image_features"][:, 0, 0].tolist() == features
+    assert lesson is (policy == "replace")
+    with pytest.raises(DataError, match=r"a\.json record 2: image cannot be read: .*cut\.png"):
+        Collator("flat", features=Cache(), on_bad_sample="error", store=store)([store[1]])
+
+
+@pytest.mark.parametrize(("workers", "cached"), [(0, True), (1, False)])
 def test_a_run_goes_on_past_a_broken_picture_and_lists_it(
-    folder: Folder, tiny_llm_path: Path, tiny_clip_path: Path, workers: int
+    folder: Folder, tiny_llm_path: Path, tiny_clip_path: Path, workers: int, cached: bool
 ) -> None:
     """The real trainer; one step holds nothing but the broken one, and its loss is 0 and not 0 / 0."""
     from mmft.config import LLM, Model, Optim, Runtime, TrainConfig, Vision
@@ -210,7 +278,8 @@ def test_a_run_goes_on_past_a_broken_picture_and_lists_it(
 
     (folder.folder / "a.json").write_text(json.dumps([qa("yes", "good.png"), qa("no", "cut.png")]), "utf-8")
     source = use("json", path=str(folder.folder / "a.json"))
-    vision = Vision(encoder=use("clip", path=str(tiny_clip_path)), projector=use("linear"))
+    cache = folder.folder / "features" if cached else None
+    vision = Vision(encoder=use("clip", path=str(tiny_clip_path)), projector=use("linear"), feature_cache=cache)
     config = TrainConfig(
         model=Model(llm=LLM(path=str(tiny_llm_path)), vision=vision),
         data=Data(
@@ -250,8 +319,10 @@ def test_a_resumed_run_keeps_the_pictures_it_found_broken_and_lists_none_twice(
     )  # fmt: skip
     assert train(config, folder.plugins) == 0
     listed = (run / "dropped.jsonl").read_text("utf-8")
-    assert len(listed.splitlines()) == 1 and "cut.png" in listed
+    counts = (run / "checkpoint-4" / "bad_samples.json").read_text("utf-8")
+    assert len(listed.splitlines()) == 1 and "cut.png" in listed and json.loads(counts) == {"seen": 4, "bad": 2}
     assert train(override(config, {}), folder.plugins, resume=run / "checkpoint-2") == 0  # the second epoch, again
     assert (run / "dropped.jsonl").read_text("utf-8") == listed
+    assert (run / "checkpoint-4" / "bad_samples.json").read_text("utf-8") == counts
     assert train(config, folder.plugins, resume=run / "checkpoint-4") == 0  # nothing is left to train
     assert (run / "dropped.jsonl").read_text("utf-8") == listed

@@ -4,38 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from chat_models import SHORT, make_assistant
 from PIL import Image as PILImage
 
 from mmft.chat.session import ChatSession
 from mmft.chat.terminal import run_terminal
-from mmft.config import LLM, Model, Vision, use
-from mmft.data.shape import describe_model
 from mmft.errors import DataError
 from mmft.inference import Assistant, Generation, user_message
-from mmft.modeling.build import build_model
-from mmft.plugins import load_plugins
-from mmft.testing import tiny_llm, tiny_vision
 from mmft.types import Text
 from mmft_plugins._llava_maps import llava
-
-SHORT = Generation(max_new_tokens=12)
-
-
-def make_assistant(folder: Path, *, sees: bool) -> Assistant:
-    vision = None
-    if sees:
-        clip = str(tiny_vision(folder / "clip"))
-        vision = Vision(encoder=use("clip", path=clip, select_layer=-2), projector=use("mlp2x_gelu"))
-    model, plugins = Model(llm=LLM(path=str(tiny_llm(folder / "llm"))), vision=vision), load_plugins()
-    shape = describe_model(model, plugins)
-    torch.manual_seed(0)
-    built = build_model(
-        model, plugins, info=shape.vision, image_id=shape.tokenizer.image_id, dtype=torch.float32,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    template = plugins.chat_templates.get("chatml").for_tokenizer(shape.tokenizer.hf)
-    return Assistant(built.eval(), shape, template)
 
 
 @pytest.fixture(scope="module")

@@ -221,8 +221,11 @@ def test_a_plugin_file_that_does_not_parse_is_one_line(run: Run, tmp_path: Path)
 
 
 def test_chat_with_a_model_that_is_not_there_is_one_line(run: Run, tmp_path: Path) -> None:
-    assert one_line(run("chat", "missing/path")) == (
-        "missing/path does not exist; give a run's folder, its final/, or a checkpoint"
+    assert one_line(run("chat", "missing/path")).startswith(
+        "model: 'missing/path' is no folder and was not found on huggingface: either the name is wrong, or "
+    )
+    assert one_line(run("chat", "./missing")) == (
+        "./missing does not exist; give a run's folder, its final/, or a checkpoint"
     )
     (tmp_path / "empty").mkdir()
     assert one_line(run("chat", "empty")).startswith("empty holds no model (no mmft.json, no final/, no checkpoint); ")

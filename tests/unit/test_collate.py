@@ -107,6 +107,9 @@ class Numbers:
     def read(self, images: Sequence[Image]) -> Tensor:
         return torch.tensor([[[float(Path(image.source).stem)]] for image in images])
 
+    def check(self, images: Sequence[Image]) -> None:
+        """All of them can be read."""
+
 
 def test_cached_features_are_read_in_place_of_opening_pictures() -> None:
     batch = Collator("flat", features=Numbers())([sample([1], ".", "7.png"), sample([2], ".", "4.png", "5.png")])

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmft.data import measure
-from mmft.data.check import length_in
-from mmft.data.check_file import is_data_file
-from mmft.data.check_report import CheckReport, count_outcomes, html_page, terminal_lines, write_report
+from mmft.data.argument import is_data_file, report_name
+from mmft.data.check_report import CheckReport, count_outcomes, heading, html_page, terminal_lines, write_report
 from mmft.data.headers import ImageReport
 from mmft.data.measure import duplicates, hash_samples, hash_text, histogram
 from mmft.data.store import Drop, TokenStore
 from mmft.data.visible import one_line, visible
+from mmft.plugins import Plugins
 
 EVIL = '<script>alert(1)</script>\x1b[31m\x9b\u202e"\ud800'
 
@@ -86,11 +86,6 @@ def test_reasons_are_counted_by_kind_with_the_first_of_each() -> None:
     assert count_outcomes(drops)[0].first == "a.json record 1: longer than 8 tokens: 9"
 
 
-@pytest.mark.parametrize(("reason", "length"), [("longer than 64 tokens: 70", 70), ("longer than 64 tokens", 0)])
-def test_the_length_of_a_record_that_is_too_long_is_read_from_its_reason(reason: str, length: int) -> None:
-    assert length_in(Drop("a", 1, "", reason)) == length
-
-
 def test_what_acts_on_a_screen_becomes_a_picture_of_itself() -> None:
     assert visible("a\x1b[31m\r\n\t\x7f\x9b\u202e\ud800好") == "a␛[31m␍\n\t␡\ufffd\ufffd\ufffd好"
     assert one_line("a\nb\x00" + "c" * 99, 10) == "a b␀ccccc…"
@@ -142,7 +137,38 @@ def test_a_report_without_problems_exits_with_0(evil_report: CheckReport) -> Non
         ("a.json", '\ufeff  {"model": {}, "data": {}, "optim": {}, "runtime": {}}', False),
     ],
 )
-def test_data_and_config_are_told_apart(tmp_path: Path, name: str, text: str, data: bool) -> None:
+def test_data_and_config_are_told_apart(plugins: Plugins, tmp_path: Path, name: str, text: str, data: bool) -> None:
     (tmp_path / name).write_text(text, "utf-8")
-    assert is_data_file(str(tmp_path / name)) is data
-    assert not is_data_file("llava_pretrain")
+    assert is_data_file(str(tmp_path / name), plugins) is data
+    assert not is_data_file("llava_pretrain", plugins)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("'a' is missing; keys found: 'b'", "'a' is missing"),
+        ("messages[3]: the arguments are not JSON (Expecting value: line 1)", "messages[]: the arguments are not JSON"),
+        ("'x' is no role; allowed: user", "'x' is no role"),
+        ("nothing to train: no text", "nothing to train"),
+        ("no place for tools; use another", "no place for tools; use another"),
+    ],
+)
+def test_the_heading_of_a_reason_is_a_whole_sentence(reason: str, said: str) -> None:
+    assert heading(reason) == said
+
+
+def test_a_folder_is_data_unless_it_is_a_run_or_called_as_a_config(
+    plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("books", "run", "llava_pretrain", "empty"):
+        Path(name).mkdir()
+    for file in ("books/a.md", "run/dropped.jsonl", "run/config.json", "llava_pretrain/a.json"):
+        Path(file).touch()
+    assert [is_data_file(name, plugins) for name in ("books", "*.jsonl")] == [True, True]
+    assert not any(is_data_file(name, plugins) for name in ("run", "llava_pretrain", "empty", "nothing"))
+
+
+@pytest.mark.parametrize(("glob", "name"), [("a/b.jsonl", "b"), ("a/b/*.jsonl", "b"), ("*.jsonl", "files")])
+def test_the_report_of_a_glob_is_called_as_its_folder(glob: str, name: str) -> None:
+    assert report_name(Path(glob)) == name

@@ -102,7 +102,7 @@ def test_each_drop_is_listed_with_file_record_id_and_reason(
         (path, 4, "four", "dropped"),
     ]
     assert reasons(store)[0].startswith("'conversations' is missing")
-    assert reasons(store)[1] == "nothing to train"
+    assert reasons(store)[1].startswith("nothing to train: ")
     assert reasons(store)[2] == f"image not found: {tmp_path / 'cat.png'}"
     assert str(store.drops[0]).startswith(f"{path} record 2 (id \"two\"): 'conversations' is missing")
 
@@ -114,6 +114,11 @@ def test_drops_are_counted_by_kind_of_reason() -> None:
         "dropped 10 of 1,234 records: 9 image not found, 1 nothing to train\n"
         "truncated 1 of 1,234 records: 1 longer than 8 tokens"
     )
+
+
+def test_a_place_inside_the_record_is_no_kind_of_its_own() -> None:
+    drops = [Drop("a.json", n, "", f"conversations[{n}]: 'value' is missing: found from") for n in range(3)]
+    assert drop_summary(drops, 9) == "dropped 3 of 9 records: 3 conversations[]: 'value' is missing"
 
 
 MAP = """

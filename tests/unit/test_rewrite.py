@@ -83,7 +83,7 @@ def test_lines_without_the_text_stay_byte_for_byte(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a":1.0e2}\r\n\r\n{"a":"old"}\r\n{"b":2}')
     run("replace", file, "--old", "old", "--new", "new")
-    assert file.read_bytes() == b'{"a":1.0e2}\r\n\r\n{"a": "new"}\r\n{"b":2}'
+    assert file.read_bytes() == b'{"a":1.0e2}\r\n\r\n{"a":"new"}\r\n{"b":2}'
 
 
 def test_replace_keeps_the_indentation_and_does_not_write_what_it_does_not_change(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_replace_refuses_a_path_that_is_not_there_or_no_json(tmp_path: Path) -> 
 
 def test_convert_finds_the_format_and_lists_what_it_drops(tmp_path: Path) -> None:
     source = write(tmp_path / "a.json", [*ALPACA, {"instruction": "e", "input": "", "output": ""}, {"x": 1}])
-    result = run("convert", source, tmp_path / "b.jsonl", "--to", "messages")
+    result = run("convert", source, tmp_path / "b.jsonl", "--to", "messages", "--max-bad-fraction", "0.5")
     assert result.exit_code == 0, result.exception
     assert "2 records from alpaca to messages; dropped 2:" in result.output
     assert "record 3: nothing to train" in result.output and "record 4: 'instruction' is missing" in result.output
@@ -156,3 +156,25 @@ def test_convert_writes_no_file_where_nothing_can_be_written(
     result = run("convert", write(tmp_path / "a.json", [record]), tmp_path / "b.json", *arguments)
     assert isinstance(result.exception, DataError) and error in str(result.exception)
     assert not (tmp_path / "b.json").exists()
+
+
+def test_convert_writes_nothing_where_too_much_would_be_lost(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.json", [*ALPACA, {"x": 1}])
+    target = write(tmp_path / "b.json", [{"old": 1}])
+    result = run("convert", source, target, "--to", "messages", "--overwrite")
+    assert isinstance(result.exception, DataError) and read(target) == [{"old": 1}]
+    assert "1 of 3 records (33.3%) cannot be converted from 'alpaca' to 'messages'; at most 1.0%" in str(
+        result.exception
+    )
+    assert "is not written. The first: record 3: 'instruction' is missing" in str(result.exception)
+
+
+def test_convert_reads_a_folder_and_says_what_the_map_adds(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.json", "b.json"):
+        write(tmp_path / "in" / name, [{"prompt": "a", "response": "b"}])
+    result = run("convert", tmp_path / "in", tmp_path / "c.json", "--from", "tiny_codes", "--to", "messages")
+    assert result.exit_code == 0 and "tiny_codes adds the system text" in result.output
+    assert len(read(tmp_path / "c.json")) == 2
+    result = run("convert", tmp_path / "in", tmp_path / "d.json", "--to", "messages")
+    assert "from prompt_response to messages" in result.output and "adds" not in result.output

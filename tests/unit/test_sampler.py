@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmft.data.sampler import StepSampler
+from mmft.data.sampler import StepSampler, describe_steps
 
 Sizes = st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=120)
 Step = st.integers(1, 9)
@@ -99,3 +99,23 @@ def test_iterating_gives_the_order_of_the_epoch_that_was_set() -> None:
     assert len(chosen) == 103 and list(chosen) == chosen.order(0).tolist()
     chosen.set_epoch(2)
     assert list(chosen) == chosen.order(2).tolist()
+
+
+def test_padding_is_counted_in_the_order_of_the_run() -> None:
+    items = [(length, False) for length in (1, 9) * 20]
+    shares = []
+    for grouped in (False, True):
+        one = sampler(items, 4, by_modality=False, by_length=grouped)
+        order = one.order(0)
+        widths = [2 * max(one.lengths[order[i : i + 2]]) for i in range(0, 40, 2)]
+        shares.append(1 - sum(length for length, _ in items) / sum(widths))
+        text = f"; no padding, or {shares[-1]:.1%} of a batch where the model needs padded ones"
+        assert describe_steps(one, 2).endswith(text)
+        assert describe_steps(one, 2, padded=True).endswith(f"; {shares[-1]:.1%} of a batch is padding")
+        assert describe_steps(one, 2, padded=False).endswith("; no padding")
+    assert shares[1] < shares[0]
+
+
+def test_a_last_step_that_is_not_whole_is_not_in_the_average() -> None:
+    text = describe_steps(sampler([(10, False)] * 9, 4), 2, padded=False)
+    assert text == "batches of 2 x 2: 40 tokens a step on average (from 40 to 40); no padding"

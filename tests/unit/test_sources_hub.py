@@ -1,9 +1,12 @@
 """The `hf` and `modelscope` sources, with data sets on disk: no test reaches a hub."""
 
+import io
 import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import datasets
 import pytest
@@ -54,11 +57,82 @@ def test_a_folder_of_data_files_is_read_as_on_the_hub(streaming: bool, tmp_path:
     assert list(load_hf_from(5, str(tmp_path / "repo"), streaming=streaming)) == ROWS[5:]
 
 
-def test_images_stay_bytes(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (2, 2))], "text": ["x"]})
-    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
-    (record,) = load_hf(str(tmp_path / "saved"))
-    assert record["image"]["bytes"].startswith(b"\x89PNG") and record["text"] == "x"
+def picture(red: int, quality: int = 30) -> bytes:
+    """A JPEG that no second encoding would give again."""
+    out = io.BytesIO()
+    Image.effect_noise((16, 16), red).convert("RGB").save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def with_pictures(folder: Path) -> tuple[datasets.Dataset, list[bytes]]:
+    """Rows with a picture, a list of pictures, and pictures inside messages; and the bytes of the pictures."""
+    pictures = [picture(40 * n + 1) for n in range(3)]
+    images = [{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(pictures)]
+    rows = [
+        {"image": one, "images": images, "turns": [{"role": "user", "content": [{"image": one}]}], "text": "x"}
+        for one in images
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "images": datasets.List(datasets.Image()),
+            "turns": datasets.List(
+                {"role": datasets.Value("string"), "content": datasets.List({"image": datasets.Image()})}
+            ),
+            "text": datasets.Value("string"),
+        }
+    )
+    return datasets.Dataset.from_list(rows, features=features), pictures
+
+
+@pytest.mark.parametrize("how", ["saved", "files", "streaming"])
+def test_pictures_keep_their_bytes_wherever_they_lie(how: str, tmp_path: Path) -> None:
+    rows, pictures = with_pictures(tmp_path)
+    path, out = tmp_path / "set", tmp_path / "out"
+    if how == "saved":
+        rows.save_to_disk(path)
+    else:
+        rows.to_parquet(path / "train.parquet")
+    records: list[Any] = list(load_hf(str(path), streaming=how == "streaming", extract_to=out))
+    assert [Path(record["image"]).read_bytes() for record in records] == pictures
+    for record in records:
+        assert [Path(image).read_bytes() for image in record["images"]] == pictures
+        assert record["turns"] == [{"role": "user", "content": [{"image": record["image"]}]}]
+    for start in range(5):
+        resumed = load_hf_from(start, str(path), streaming=how == "streaming", extract_to=out)
+        assert list(resumed) == records[start:]
+    assert len([file for file in out.rglob("*") if file.is_file()]) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_without_extract_to_are_refused_and_may_be_left_out(streaming: bool, tmp_path: Path) -> None:
+    with_pictures(tmp_path)[0].to_parquet(tmp_path / "set" / "train.parquet")
+    path = str(tmp_path / "set")
+    with pytest.raises(DataError, match=r"set row 1 'image' holds a picture as bytes.*extract_to.*columns"):
+        next(iter(load_hf(path, streaming=streaming)))
+    assert (
+        list(load_hf(path, streaming=streaming, columns=["text"], rename={"text": "output"})) == [{"output": "x"}] * 3
+    )
+    with pytest.raises(DataError, match="set: no column 'txt'; columns found: 'image', 'images', 'turns', 'text'"):
+        list(load_hf(path, streaming=streaming, columns=["txt"]))
+
+
+def test_pictures_do_not_go_among_the_files_of_the_data_set(saved: Path) -> None:
+    for call in (hf_files, load_hf):
+        with pytest.raises(
+            DataError, match=r"extract_to: .*images lies inside the data set .*saved; name a folder outside"
+        ):
+            list(call(str(saved), extract_to=saved / "images"))
+
+
+def test_json_columns_and_a_saved_format_are_read_as_rows_of_python(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train.jsonl").write_text('{"a": 1, "b": {"x": 1}}\n{"a": 2, "b": "s"}\n')
+    for streaming in (False, True):
+        found = list(load_hf(str(tmp_path / "repo"), streaming=streaming))
+        assert found == [{"a": 1, "b": {"x": 1}}, {"a": 2, "b": "s"}]
+    datasets.Dataset.from_dict({"a": [[1, 2]]}).with_format("numpy").save_to_disk(tmp_path / "saved")
+    assert list(load_hf(str(tmp_path / "saved"))) == [{"a": [1, 2]}]
 
 
 def test_a_data_set_that_cannot_be_found_is_named(tmp_path: Path) -> None:
@@ -67,6 +141,30 @@ def test_a_data_set_that_cannot_be_found_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"source 'hf': '.*empty' cannot be loaded: "):
         list(load_hf(str(tmp_path / "empty")))
+
+
+def test_modelscope_gives_the_same_records_as_hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pictures = with_pictures(tmp_path)
+
+    class MsDataset:
+        """modelscope is large and not installed for tests; this much of it is used."""
+
+        @staticmethod
+        def load(path: str, **options: Any) -> "MsDataset":
+            assert (path, options) == ("somebody/set", {"split": "train", "use_streaming": False, "version": "v1"})
+            return MsDataset()
+
+        def to_hf_dataset(self) -> datasets.Dataset:
+            return rows
+
+    module = ModuleType("modelscope.msdatasets")
+    module.MsDataset = MsDataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", module)
+    options: dict[str, Any] = {"columns": ["image"], "rename": {"image": "picture"}, "extract_to": tmp_path / "out"}
+    records: list[Any] = list(load_modelscope("somebody/set", revision="v1", **options))
+    assert [Path(record.pop("picture")).read_bytes() for record in records] == pictures
+    assert records == [{}, {}, {}]
 
 
 BLOCKED = """

@@ -1,5 +1,6 @@
 """The `csv`, `tsv` and `parquet` sources."""
 
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -13,6 +14,7 @@ import pytest
 
 from mmft.errors import DataError
 from mmft.plugins import load_plugins
+from mmft.types import BadRecord
 from mmft_plugins.tables import load_csv, load_parquet, load_parquet_from, load_tsv, parquet_files
 
 
@@ -41,13 +43,35 @@ def test_tsv_is_separated_by_tabs_and_csv_takes_another_delimiter(tmp_path: Path
 
 
 @pytest.mark.parametrize("row", ["1", "1,2,3"])
-def test_a_ragged_row_is_named_with_the_line_it_starts_at(row: str, tmp_path: Path) -> None:
-    records = load_csv(write(tmp_path, f'a,b\n"x\ny",2\n\n{row}\n'))
-    assert next(records) == {"a": "x\ny", "b": "2"}
+def test_a_ragged_row_is_a_bad_record_and_the_rows_behind_it_are_read(row: str, tmp_path: Path) -> None:
+    first, bad, last = load_csv(write(tmp_path, f'a,b\n"x\ny",2\n\n{row}\n3,"4\n5"\n'))
+    assert (first, last) == ({"a": "x\ny", "b": "2"}, {"a": "3", "b": "4\n5"})
+    assert isinstance(bad, BadRecord)
+    assert re.match(
+        rf"wrong number of fields: a.csv line [45] has {row.count(',') + 1}, the header 2 \('a', 'b'\)", bad.reason
+    )
+
+
+def test_a_row_that_is_not_utf8_is_a_bad_record_and_the_rows_behind_it_are_read(tmp_path: Path) -> None:
+    first, bad, last = load_csv(write(tmp_path, b'\xef\xbb\xbfa,b\n1,\xc3\xa9\n"1\n",caf\xe9\n2,3\n'))
+    assert (first, last) == ({"a": "1", "b": "é"}, {"a": "2", "b": "3"})
+    assert isinstance(bad, BadRecord)
+    assert re.match(r"not UTF-8: a.csv line 3 holds the byte 0xe9; .*iconv", bad.reason)
+
+
+def test_columns_get_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "question,answer,n\n1\n1,2,3\n4,5,6\n")
+    bad, *rows = load_csv(path, rename={"question": "instruction", "answer": "output"})
+    assert isinstance(bad, BadRecord)
+    assert rows == [{"instruction": a, "output": b, "n": c} for a, b, c in ("123", "456")]
     with pytest.raises(
-        DataError, match=rf"a.csv line [45]: {row.count(',') + 1} fields, the header has 2 \('a', 'b'\)"
+        DataError, match=r"a.csv: rename: no column 'qestion'; columns found: 'question', 'answer', 'n'"
     ):
-        next(records)
+        list(load_csv(path, rename={"qestion": "instruction"}))
+    with pytest.raises(DataError, match=r"a.csv: rename gives two columns the name 'n'; columns found: "):
+        list(load_csv(path, rename={"question": "n"}))
+    swapped = list(load_csv(path, rename={"question": "answer", "answer": "question"}))
+    assert swapped[1] == {"answer": "1", "question": "2", "n": "3"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +82,8 @@ def test_a_ragged_row_is_named_with_the_line_it_starts_at(row: str, tmp_path: Pa
         ("a,,c\n1,2,3\n", "line 1: a column has no name"),
         ('a,b\n1,"2\n3,4\n', "line 2: unexpected end of data; the usual cause is a quote that is not closed"),
         ('a,b\n1,"2"x\n', "line 2: ',' expected after '\"'"),
-        (b"\xef\xbb\xbfa,b\n1,caf\xe9\n", r"line 2: not UTF-8 at byte 12: .*found 0xe9.*iconv"),
+        (b"a,caf\xe9\n1,2\n", "line 1: not UTF-8: it holds the byte 0xe9; iconv"),
+        ("a,b\n1,2\n".encode("utf-16"), "line 1: not UTF-8: it holds the byte 0xff"),
     ],
 )
 def test_a_bad_csv_is_refused_with_the_line(content: str | bytes, problem: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mmft.errors import DataError
 from mmft.plugins import load_plugins
+from mmft.types import BadRecord
 from mmft_plugins.pretrain import mmft_data_maps
 from mmft_plugins.text_files import _pieces, load_text, load_text_from
 
@@ -66,10 +67,21 @@ def test_the_pretrain_map_reads_what_the_source_gives(folder: Path) -> None:
     assert read == ["pretrain"]
 
 
-def test_bytes_that_are_not_utf8_and_an_empty_split_are_refused(folder: Path) -> None:
+def test_a_file_that_is_not_utf8_is_a_bad_record_and_the_other_files_are_read(folder: Path) -> None:
+    latin = folder / "bad.txt"
+    latin.write_bytes(b"a\ncaf\xe9 x")
+    first, _, bad, last = load_text(folder)
+    assert isinstance(bad, BadRecord) and not isinstance(first, BadRecord) and not isinstance(last, BadRecord)
+    assert bad.reason.startswith(
+        f"not UTF-8: {latin} line 2 at byte 5: invalid continuation byte (found 0xe9); save the"
+    )
+    assert list(load_text_from(2, folder)) == [bad, last]
+
+
+def test_a_file_in_pieces_that_is_not_utf8_and_an_empty_split_are_refused(folder: Path) -> None:
     (folder / "latin.txt").write_bytes(b"a\ncaf\xe9 x")
     with pytest.raises(DataError, match=r"latin.txt line 2: not UTF-8 at byte 5: .*found 0xe9.*iconv"):
-        list(load_text(folder / "latin.txt"))
+        list(load_text(folder / "latin.txt", split="\n"))
     with pytest.raises(DataError, match="split: an empty string"):
         list(load_text(folder, split=""))
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from PIL import Image
 
 from mmft.errors import DataError
 from mmft.plugins import load_plugins
+from mmft.types import BadRecord
 from mmft_plugins.webdataset import load_webdataset, load_webdataset_from, unpacked, webdataset_files
 
 Member = tuple[str, bytes | str]
@@ -136,17 +138,40 @@ def test_a_json_cannot_name_images_of_its_own(pack: Pack, tmp_path: Path) -> Non
             [("1.png", b"a"), ("2.png", b"b"), ("1.txt", b"c")],
             "1.txt: the files of sample '1' do not follow one another",
         ),
-        ([("1.json", b'{"a": ')], "1.json: not JSON: Expecting value"),
-        ([("1.json", b"[1]")], "1.json: a list; the .json of a sample is an object"),
-        ([("1.txt", b"caf\xe9")], "1.txt: not UTF-8 at byte 3: .*iconv"),
-        ([("1.cls", b"cat")], "1.cls: 'cat'; a .cls holds one whole number"),
     ],
 )
-def test_a_bad_sample_is_named_by_shard_and_member(
+def test_a_shard_in_disorder_is_refused_by_shard_and_member(
     members: list[Member], problem: str, pack: Pack, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"s.tar {problem}"):
         load(pack("s.tar", members), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "problem"),
+    [
+        ("2.json", b'{"a": ', "not JSON: s.tar 2.json: Expecting value"),
+        ("2.json", b"[1]", "not an object: s.tar 2.json is a list; the .json of a sample is an object"),
+        ("2.txt", b"caf\xe9", "not UTF-8: s.tar 2.txt at byte 3: .*iconv"),
+        ("2.cls", b"cat", "no whole number: s.tar 2.cls holds 'cat'; a .cls holds one whole number"),
+    ],
+)
+def test_a_sample_that_cannot_be_read_is_a_bad_record_among_the_others(
+    member: str, content: bytes, problem: str, pack: Pack, tmp_path: Path
+) -> None:
+    path = pack("s.tar", [("1.txt", "a"), ("2.png", b"x"), (member, content), ("2.caption", b"y"), ("3.txt", "b")])
+    first, bad, last = load(path, tmp_path)
+    assert (first, last) == ({"__key__": "1", "caption": "a"}, {"__key__": "3", "caption": "b"})
+    assert isinstance(bad, BadRecord) and re.match(problem, bad.reason)
+    assert list(load_webdataset_from(1, path, extract_to=tmp_path / "out")) == [bad, last]
+
+
+def test_a_text_cannot_take_the_place_of_what_the_reader_keeps(pack: Pack, tmp_path: Path) -> None:
+    names = ["__images__", "__key__", "__bad__", "__json__"]
+    path = pack("s.tar", [*((f"1.{name}.txt", "x") for name in names), ("1.png", b"p"), ("1.json", "{}")])
+    (record,) = load(path, tmp_path)
+    assert Path(record.pop("image")).read_bytes() == b"p"
+    assert record == {"__key__": "1", "__skipped__": [f"1.{name}.txt" for name in names]}
 
 
 @pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])

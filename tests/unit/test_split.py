@@ -125,4 +125,5 @@ def test_a_split_record_with_no_target_in_any_piece_is_dropped_once(
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     data = stored(tmp_path, [{"messages": turns}, good], "messages", max_length=64, max_bad_fraction=1.0)
     store = prepare(data, plugins, text_only, tmp_path)
-    assert [(drop.record, drop.action, drop.reason) for drop in store.drops] == [(1, "dropped", "nothing to train")]
+    reason = "nothing to train: no text to learn, such as an answer after a question"
+    assert [(drop.record, drop.action, drop.reason) for drop in store.drops] == [(1, "dropped", reason)]

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -219,7 +220,9 @@ def test_starting_a_loader_leaves_the_random_state_alone(counting, tokenizer, tm
 
 
 def account(folder: Path, allowed: float = 1.0, **told: int) -> Account:
-    return Account(folder / "dropped.jsonl", allowed, lambda _: None, **told)
+    begun = Account(folder / "dropped.jsonl", allowed, lambda _: None, **told)
+    begun.begin()
+    return begun
 
 
 def listed(folder: Path) -> list[int]:
@@ -263,6 +266,35 @@ def test_an_unreadable_picture_is_listed_once_over_a_resume(counting, tokenizer,
     resumed.take({KEY: (position, News()), BAD_SAMPLES: [broken]})
     assert listed(tmp_path) == [1, 3]
     assert resumed.account.dropped == 3
+
+
+def shared_by_two(rank: int, folder: Path) -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    told = Account(folder / "dropped.jsonl", 0.15, lambda _: None)
+    if rank == 0:
+        told.begin()
+    feed = StreamFeed(SimpleNamespace(start=Position(0, 0, ((0, 0),))), told)  # type: ignore[arg-type]
+    for k in range(10):  # the same news for both ranks, a picture of its own for each
+        broken = [Drop("a.jsonl", 10 * k + rank, "", "image cannot be read: a.png")] if k % 5 == 4 else []
+        feed.take({KEY: (Position(0, k, ((0, 0),)), News(1)), BAD_SAMPLES: broken})
+    with pytest.raises(DataError) as caught:
+        feed.share()
+    feed.save(folder / str(rank))
+    (folder / str(rank) / "error").write_text(str(caught.value), "utf-8")
+
+
+def test_pictures_that_ranks_could_not_read_are_one_account(tmp_path):
+    import torch
+
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    torch.multiprocessing.start_processes(shared_by_two, (tmp_path,), nprocs=2, start_method="fork")
+    assert listed(tmp_path) == [40, 90, 41, 91]
+    assert "dropped 4 of the 10 records read" in (tmp_path / "0" / "error").read_text("utf-8")
+    for name in ("error", "stream.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 def test_a_fresh_run_begins_an_empty_list(tmp_path):

@@ -1,17 +1,22 @@
 """What each chat template writes and trains, seen as text: `[...]` stands around what is trained."""
 
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+from template_talk import TALK, data, shown, talk
 from transformers import AutoTokenizer
 
+from mmft.config import Data, Dataset, use
+from mmft.data.dataset import prepare
+from mmft.data.feed import Account, StreamFeed
+from mmft.data.stream import SampleStream
+from mmft.data.tokenize import Tokenizer
 from mmft.errors import DataError
+from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
-from mmft.testing import CHATML, tiny_tokenizer
-from mmft.types import Conversation, Image, Message, Role, Segment, Text, ToolCall
+from mmft.types import Conversation, Image, Message, Role, Text, ToolCall
 from mmft_plugins.templates import (
     CHATML_TEMPLATE,
     INTERNLM2_TEMPLATE,
@@ -21,39 +26,7 @@ from mmft_plugins.templates import (
     VICUNA_SYSTEM,
 )
 
-TALK = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))
 LLAMA_TOKENS = {"special": ("<unk>", "<s>", "</s>"), "eos": "</s>", "bos": "<s>"}
-
-
-def talk(*turns: tuple[Role, str], **options: Any) -> Conversation:
-    return Conversation(tuple(Message(role, (Text(text),)) for role, text in turns), **options)
-
-
-def shown(segments: Any) -> str:
-    """The text, `[...]` around what is trained and `{source}` for an image."""
-    text = ""
-    for loss, run in groupby(segments, key=lambda segment: segment.loss):
-        inner = "".join(f"{{{s.content.source}}}" if isinstance(s.content, Image) else s.content for s in run)
-        text += f"[{inner}]" if loss else inner
-    return text
-
-
-def data(segments: list[Segment]) -> list[Any]:
-    """What is not markup."""
-    return [segment.content for segment in segments if not segment.markup]
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Callable[..., Any]:
-    """A tiny tokenizer; `jinja=None` leaves it without a chat template."""
-
-    def tokenizer(jinja: str | None = CHATML, **options: Any) -> Any:
-        folder = tiny_tokenizer(tmp_path / "tokenizer", chat_template=jinja or "", **options)
-        loaded = AutoTokenizer.from_pretrained(folder)
-        loaded.chat_template = jinja
-        return loaded
-
-    return tokenizer
 
 
 # chatml, internlm2_chat, llama3_chat
@@ -220,3 +193,23 @@ def test_a_conversation_of_any_roles_renders(template: ChatTemplate, turns: list
     text = shown(template.render(talk(*turns), generation_prompt=True))
     for role, content in turns:
         assert content in text or (template is PLAIN and role != "assistant")
+
+
+@pytest.mark.parametrize(("name", "told"), [("qwen3", 1), ("chatml", 0)])
+def test_a_template_that_trains_the_last_answer_alone_says_so_once_a_run(
+    name: str, told: int, tmp_path: Path, tiny_llm_path: Path, plugins: Plugins, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time the data is prepared, cached or not, and at no other binding."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n', "utf-8")
+    dataset = Dataset(source=use("jsonl", path=str(file)), data_map="alpaca")
+    config = Data(datasets=(dataset,), chat_template=name, max_length=99)
+    words = Tokenizer.for_model(AutoTokenizer.from_pretrained(tiny_llm_path))
+    for _ in range(2):
+        reported: list[str] = []
+        prepare(config, plugins, words, tmp_path / "cache", reported.append)
+        assert sum("only the last answer is trained" in line for line in reported) == told
+    stream = SampleStream(config.model_copy(update={"streaming": True}), plugins, words, seed=1)
+    feed = StreamFeed(stream, Account(tmp_path / "dropped.jsonl", 0.0, print))
+    assert feed.summary().count("only the last answer is trained") == told
+    assert not caplog.records

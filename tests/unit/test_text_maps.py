@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmft.errors import DataError
-from mmft.types import Conversation, Document, Image, Message, RawRecord, Text, ToolCall
+from mmft.types import Conversation, Document, Image, Message, RawRecord, Text
 from mmft_plugins._llava_maps import caption, llava
 from mmft_plugins.pretrain import pretrain
 from mmft_plugins.text_sft import alpaca, openai
@@ -157,74 +157,6 @@ def test_content_parts_keep_text_and_images_in_their_order() -> None:
     ],
 )
 def test_messages_say_what_is_wrong_with_a_record(record: RawRecord, error: str) -> None:
-    with pytest.raises(DataError, match=error):
-        openai(record)
-
-
-# agent
-
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "x"]}'}}
-SCHEMA = {"name": "f", "parameters": {"type": "object"}}
-
-
-def calling(*calls: Any, content: str | None = None) -> dict[str, Any]:
-    return talk(("user", "q"), {"role": "assistant", "content": content, "tool_calls": list(calls)}, ("tool", "out"))
-
-
-def test_agent_reads_calls_with_arguments_as_string_or_object_and_several_at_once() -> None:
-    bare = {"name": "g", "arguments": {"b": 2}}
-    sample = openai({**calling(CALL, bare, {"function": {"name": "h", "arguments": ""}}), "tools": [SCHEMA]})
-    assert sample is not None
-    assert sample.messages[1].tool_calls == (
-        ToolCall("f", {"a": [1, "x"]}), ToolCall("g", {"b": 2}), ToolCall("h", {}),
-    )  # fmt: skip
-
-
-def test_agent_keeps_text_beside_calls() -> None:
-    sample = openai(calling(CALL, content="I look."))
-    assert sample is not None
-    assert sample.messages[1].text == "I look." and len(sample.messages[1].tool_calls) == 1
-
-
-@pytest.mark.parametrize("tools", [[SCHEMA], [{"type": "function", "function": SCHEMA}], None])
-def test_agent_reads_tools_wrapped_or_bare(tools: Any) -> None:
-    sample = openai({**calling(CALL), "tools": tools})
-    assert sample is not None
-    assert sample.tools == (({"type": "function", "function": SCHEMA},) if tools else ())
-
-
-def test_agent_reads_tools_written_as_a_json_string() -> None:
-    sample = openai({**calling(CALL), "tools": '[{"name": "f"}]'})
-    assert sample is not None and sample.tools == ({"type": "function", "function": {"name": "f"}},)
-
-
-def test_the_form_of_calls_before_2023_11_is_read_too() -> None:
-    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
-    sample = openai(talk(("user", "q"), call, ("function", "out"), ("assistant", "r")))
-    assert sample is not None
-    assert sample.messages[1].tool_calls == (ToolCall("f", {}),) and sample.messages[2].role == "tool"
-
-
-def test_a_call_alone_is_an_answer_and_tool_output_is_never_a_target() -> None:
-    sample = openai(calling(CALL))
-    assert sample is not None
-    assert [message.is_trained for message in sample.messages] == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("record", "error"),
-    [
-        (calling({"function": {"name": "f", "arguments": "{"}}), r"messages\[1\]: the arguments .* are not JSON"),
-        (calling({"function": {"name": "f", "arguments": "[1]"}}), r"must be an object, found \[1\]"),
-        (calling({"function": {"arguments": "{}"}}), "'name' is missing; keys found: 'arguments'"),
-        (calling({"function": "f"}), "a tool call's 'function' must be an object, found 'f'"),
-        (talk({"role": "user", "content": "", "tool_calls": [CALL]}), "role 'user'; only an assistant calls tools"),
-        (talk({"role": "tool", "content": "", "loss": True}), "tool output is never a target"),
-        ({**calling(CALL), "tools": [{"x": 1}]}, "a tool needs 'function' or 'name'; keys found: 'x'"),
-        ({**calling(CALL), "tools": "{"}, "'tools' is a string but not JSON"),
-    ],
-)
-def test_agent_says_what_is_wrong_with_a_record(record: RawRecord, error: str) -> None:
     with pytest.raises(DataError, match=error):
         openai(record)
 

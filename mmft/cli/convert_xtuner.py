@@ -1,0 +1,76 @@
+"""Commands for those who come from XTuner or LLaVA: `mmft convert xtuner-config` and `mmft convert import`."""
+
+from pathlib import Path
+
+import click
+
+from mmft.cli.shared import loaded_plugins
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("xtuner-config")
+@click.argument("old", metavar="OLD.py", type=FILE)
+@click.argument("new", metavar="[NEW.py]", type=FILE, required=False)
+@click.option("--overwrite", is_flag=True, help="Replace NEW.py where it exists.")
+def xtuner_config(old: Path, new: Path | None, overwrite: bool) -> int:
+    """Write an XTuner 0.1 config as an mmft config, and say what differs.
+
+    OLD.py is read, not run; xtuner need not be installed. NEW.py is OLD_mmft.py in this folder where it is not given.
+    The exit code is 1 where something is left to do by hand.
+    """
+    from mmft.config.check import find_problems
+    from mmft.config.load import load_config
+    from mmft.convert.xtuner_config import translate
+    from mmft.errors import ConfigError, Problem
+
+    target = new or Path(f"{old.stem}_mmft.py")
+    if target.exists() and not overwrite:
+        raise ConfigError([Problem(str(target), "exists already", "choose another file, or --overwrite")])
+    plugins = loaded_plugins()
+    made = translate(old, plugins)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(made.text, "utf-8")
+    problems = [str(problem) for problem in find_problems(load_config(str(target), plugins), plugins)]
+    click.echo(f"{target}: written from {old}")
+    report = made.report
+    for title, lines in (
+        ("to do by hand", report.edits),
+        ("done otherwise here", report.differs),
+        ("no counterpart", report.lost),
+        ("mmft check finds", problems),
+    ):
+        if lines:
+            click.echo(f"{title}:")
+        for line in lines:
+            click.echo(f"  - {line}")
+    if not report.edits:
+        click.echo(f"nothing to do by hand; next: mmft check {target}" if problems else f"next: mmft train {target}")
+    return 1 if report.edits else 0
+
+
+@click.command("import")
+@click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--for", "config", metavar="CONFIG", help="Hold it against the models of this config; OUT opens in chat.")
+@click.option("--set", "settings", multiple=True, metavar="A.B.C=VALUE", help="Change one value of CONFIG.")
+@click.option("--ignore-names", is_flag=True, help="SOURCE names other models, which are the same.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def import_weights(
+    source: Path, out: Path, config: str | None, settings: tuple[str, ...], ignore_names: bool, overwrite: bool
+) -> None:
+    """Bring a projector and adapters that LLaVA, XTuner or TinyLLaVA trained into the folder OUT.
+
+    SOURCE is an mm_projector.bin, a LLaVA LoRA run (non_lora_trainables.bin and its adapter), a folder of XTuner's
+    pth_to_hf (projector/, llm_adapter/, visual_encoder_adapter/), one of XTuner's .pth, or a TinyLLaVA run.
+    """
+    from mmft.cli.shared import loaded_config
+    from mmft.convert.importers import bring
+
+    plugins = loaded_plugins()
+    loaded = loaded_config(config, settings, plugins) if config else None
+    for line in bring(source, out, config=loaded, plugins=plugins, ignore_names=ignore_names, overwrite=overwrite):
+        click.echo(line)
+
+
+COMMANDS = (xtuner_config, import_weights)

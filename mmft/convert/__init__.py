@@ -1,0 +1,1 @@
+"""A trained model in other programs' formats, each result compared with the model it came from."""

@@ -1,0 +1,161 @@
+"""`mmft convert merge`: adapters into the weights; the result is a model folder of ours, its llm/ a plain HF model.
+
+The language model is merged layer by layer and written shard by shard, so memory peaks at the model and about one
+shard. A model that was trained in 4 or 8 bit is merged onto its dequantised weights, in `dtype`.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mmft.convert.chat_jinja import Proved, jinja_of
+from mmft.convert.parity import Report, ask_source, compare, free, probes, proved, settle, tolerance_for
+from mmft.convert.parts import Parts, load_parts
+from mmft.convert.results import OurResult, TransformersResult
+from mmft.errors import ModelError
+from mmft.inference import PRECISIONS, load_assistant
+from mmft.modeling.build import LLM_FOLDER, PROJECTOR, VISION_WEIGHTS
+from mmft.modeling.checkpoint import MANIFEST, read_manifest
+from mmft.plugins import Plugins
+from mmft.types import Conversation
+
+NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+TOKENIZER = "tokenizer"
+
+
+def merge(
+    folder: Path,
+    out: Path,
+    plugins: Plugins,
+    *,
+    dtype: str | None = None,
+    device: torch.device,
+    max_shard_size: str = "2GB",
+    llm: str | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Merge the model folder `folder` into `out`, and prove it: probes through both, in the same dtype.
+
+    Raises `ParityError` where they differ; `out` is then not written.
+    """
+    manifest = read_manifest(folder)
+    precision = dtype or manifest.precision
+    with proved(out, overwrite=overwrite) as temporary, probes(pictures=manifest.model.vision is not None) as asked:
+        source = load_assistant(folder, plugins, device=device, precision=precision, llm=llm)
+        answers = ask_source(OurResult(source), asked)
+        del source
+        free()
+        parts = load_parts(folder, plugins, dtype=precision, device=device, llm=llm)
+        _write(temporary, folder, parts, max_shard_size)
+        del parts
+        free()
+        result = load_assistant(temporary, plugins, device=device)
+        quantization = manifest.model.llm.quantization
+        tolerance = tolerance_for(PRECISIONS[precision], quantization)
+        report = compare(
+            answers, OurResult(result), result.shape.tokenizer, dtype=PRECISIONS[precision], tolerance=tolerance
+        )
+        tokenizer = result.shape.tokenizer
+        del result
+        free()
+        if report.verified and (temporary / LLM_FOLDER / "chat_template.jinja").is_file():
+            texts = [answer for answer in answers if not _pictures(answer.conversation)]
+            plain = TransformersResult(temporary / LLM_FOLDER, sees=False, dtype=PRECISIONS[precision], device=device)
+            alone = compare(texts, plain, tokenizer, dtype=PRECISIONS[precision], tolerance=tolerance)
+            report = alone if not alone.verified else report
+        settle(report, temporary, out)
+    return report
+
+
+def _pictures(conversation: Conversation) -> bool:
+    return bool(conversation.images)
+
+
+def _write(temporary: Path, folder: Path, parts: Parts, max_shard_size: str) -> None:
+    save_language_model(parts, temporary / LLM_FOLDER, max_shard_size)
+    if (folder / TOKENIZER).is_dir():
+        shutil.copytree(folder / TOKENIZER, temporary / TOKENIZER)
+    else:
+        parts.shape.tokenizer.hf.save_pretrained(temporary / TOKENIZER)
+    vision = parts.model.vision
+    if parts.projector is not None:
+        save_file(_state(parts.projector), temporary / PROJECTOR)
+    if parts.vision is not None and vision and (vision.lora or vision.trainable or (folder / VISION_WEIGHTS).is_file()):
+        (temporary / VISION_WEIGHTS).parent.mkdir()
+        save_file(_state(parts.vision), temporary / VISION_WEIGHTS)
+    write_merged_manifest(temporary, folder, parts)
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def save_language_model(parts: Parts, folder: Path, max_shard_size: str) -> Proved | None:
+    """A plain transformers folder: weights in shards, tokenizer with the proved chat template, stop tokens.
+
+    Where no jinja gives the template's ids the tokenizer gets none, and None says so: a wrong one would be worse.
+    """
+    try:
+        found = jinja_of(parts.template, parts.shape.tokenizer)
+    except ModelError:
+        found = None
+    llm, hf = parts.llm, parts.shape.tokenizer.hf
+    set_generation(llm, parts.stop_ids, hf.pad_token_id)
+    llm.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_tokenizer(hf, folder, found)
+    return found
+
+
+def save_tokenizer(hf: Any, folder: Path, found: Proved | None) -> None:
+    """The tokenizer's files with the proved template; the tokenizer itself keeps its own."""
+    own = hf.chat_template
+    try:
+        hf.chat_template = found.jinja if found else None
+        hf.save_pretrained(folder)
+    finally:
+        hf.chat_template = own
+
+
+def set_generation(llm: Any, stop: Sequence[int], pad: int | None) -> None:
+    """The tokens that end an answer; sampling settings of the base model stay, unless they contradict one another."""
+    from transformers import GenerationConfig
+
+    llm.config.name_or_path = ""  # a path on this machine tells nobody else anything
+    config = llm.generation_config
+    config._from_model_config = False
+    config.eos_token_id = list(stop) or None
+    config.pad_token_id = pad if pad is not None else (stop[0] if stop else None)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        llm.generation_config = config
+
+
+def write_merged_manifest(temporary: Path, folder: Path, parts: Parts) -> None:
+    """`mmft.json` of a folder without adapters: as the source's, with what is no longer true taken out."""
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
+    llm = parts.model.llm.model_copy(
+        update={"quantization": "none", "lora": None, "adapter": None, "trainable": False, "new_tokens": ()}
+    )
+    vision = parts.model.vision
+    if vision is not None:
+        vision = vision.model_copy(
+            update={"lora": None, "trainable": False, "projector_weights": None, "feature_cache": None}
+        )
+    model = parts.model.model_copy(update={"llm": llm, "vision": vision})
+    files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+    content |= {"model": model.model_dump(mode="json"), "precision": NAMES[parts.dtype], "files": files}
+    content["merged"] = {"quantization": parts.manifest.model.llm.quantization}
+    (temporary / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

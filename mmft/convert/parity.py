@@ -1,0 +1,263 @@
+"""The parity gate: what a conversion gives is run beside the model it came from, before it is called done.
+
+Probes are texts and pictures made here. The source writes a greedy answer to each; then both read prompt and answer,
+and their logits are compared wherever a token of the answer was chosen. Comparing along the source's answer keeps one
+near-tie from turning into two different texts, so the numbers measure the weights and nothing else.
+"""
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmft import __version__
+from mmft.data.tokenize import Tokenizer
+from mmft.errors import CheckpointError, DataError, MmftError
+from mmft.inference import user_message
+from mmft.modeling.checkpoint import publish
+from mmft.types import Conversation, Message, Text
+
+PARITY = "parity.json"
+MAX_NEW_TOKENS = 12
+# Root mean square of the logits' difference over that of the logits themselves (less their mean). Measured on tiny
+# random models of six families with merged adapters, which is harder than trained ones: fp32 1.7e-6, bf16 3.3e-2 (the
+# rounding of the merged weights), LLM.int8() 3.6e-2. A lost adapter, a wrong layer, a shifted patch: 0.1 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+INT8_TOLERANCE = 0.15  # LLM.int8() rounds the activations too, which no plain model does
+
+PROBES: tuple[tuple[str, int, tuple[str, ...]], ...] = (  # name, pictures before the first question, turns
+    ("a question", 0, ("What is the capital of France?",)),
+    ("two turns", 0, ("Name a colour.", "Red.", "And another one?")),
+    ("unicode", 0, ("用一句话介绍你自己。 ✓ «Ünïcödé»",)),
+    ("code", 0, ("def add(a, b):\n    return a + b\n\nWhat does this do?",)),
+    ("white space", 0, ("  List three fruits.\n\n",)),
+    ("a picture", 1, ("What is it?",)),
+    ("a tall picture", 1, ("Describe the picture in one sentence.",)),
+    ("two pictures", 2, ("Compare the two.",)),
+    ("a picture, then text", 1, ("What colour is it?", "It is red.", "Are you sure?")),
+)
+
+
+class ParityError(MmftError):
+    """A conversion does not give what its source gives."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the source says to a probe. `logits` float32[n + 1, V], one row for each token chosen and the next."""
+
+    name: str
+    conversation: Conversation
+    prompt: list[int]
+    pixels: Tensor | None
+    tokens: list[int]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One probe, compared. `relative` is the measure of `TOLERANCE`; `flips` are other choices, no near-ties."""
+
+    probe: str
+    same_prompt: bool
+    pixel_difference: float
+    max_difference: float
+    relative: float
+    flips: int
+    same_answer: bool
+    answer: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All probes of a conversion; `verified` means that every one is within the tolerance."""
+
+    verified: bool
+    dtype: str
+    tolerance: float
+    outcomes: tuple[Outcome, ...]
+    refusal: str = ""
+
+
+class Result(Protocol):
+    """A converted model, to be asked what its source was asked."""
+
+    def inputs(self, conversation: Conversation) -> tuple[list[int], Tensor | None]:
+        """The prompt's ids and the pixels, as users of the result get them."""
+        ...
+
+    def logits(self, conversation: Conversation, tokens: Sequence[int]) -> Tensor:
+        """float32[n + 1, V]: after the prompt and after each of `tokens`."""
+        ...
+
+    def greedy(self, conversation: Conversation, max_new_tokens: int) -> list[int]:
+        """Its own greedy answer."""
+        ...
+
+
+@contextmanager
+def probes(*, pictures: bool) -> Iterator[list[tuple[str, Conversation]]]:
+    """The probe set, its pictures drawn into a folder that is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        yield [
+            (name, _conversation(turns, [_draw(Path(folder), name, k) for k in range(count)]))
+            for name, count, turns in PROBES
+            if pictures or count == 0
+        ]
+
+
+def _conversation(turns: Sequence[str], pictures: Sequence[Path]) -> Conversation:
+    messages = [user_message(turns[0], pictures)]
+    for k, turn in enumerate(turns[1:]):
+        messages.append(user_message(turn) if k % 2 else Message("assistant", (Text(turn),)))
+    return Conversation(tuple(messages))
+
+
+def _draw(folder: Path, name: str, number: int) -> Path:
+    """A picture with edges, smooth parts and three different channels, of a shape that depends on its name."""
+    from PIL import Image, ImageDraw
+
+    width, height = {0: (217, 160), 1: (160, 243)}[(len(name) + number) % 2]
+    ramp = Image.linear_gradient("L").resize((width, height))
+    image = Image.merge("RGB", (ramp, ramp.rotate(90).resize((width, height)), ramp.rotate(180)))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((width // 5, height // 5, width * 4 // 5, height // 2), fill=(220, 30 + 90 * number, 30))
+    draw.line((0, height, width, height // 3), fill=(10, 60, 200), width=7)
+    path = folder / f"{name.replace(' ', '_').replace(',', '')}-{number}.png"
+    image.save(path)
+    return path
+
+
+def ask_source(source: Result, asked: Sequence[tuple[str, Conversation]]) -> list[Answer]:
+    """The source's answers. Probes that its template has no form for are left out."""
+    answers = []
+    for name, conversation in asked:
+        try:
+            prompt, pixels = source.inputs(conversation)
+        except DataError:
+            continue
+        if prompt:
+            tokens = source.greedy(conversation, MAX_NEW_TOKENS)
+            logits = source.logits(conversation, tokens)
+            answers.append(Answer(name, conversation, prompt, pixels, tokens, logits))
+    return answers
+
+
+def compare(
+    answers: Sequence[Answer], result: Result, tokenizer: Tokenizer, *, dtype: torch.dtype, tolerance: float
+) -> Report:
+    """Ask the result what the source was asked. Raises nothing for a difference: the report says it."""
+    outcomes, refusal = [], ""
+    for answer in answers:
+        outcome = _compare_one(answer, result, tokenizer, tolerance)
+        outcomes.append(outcome)
+        refusal = refusal or _refusal(outcome, tolerance)
+    if not outcomes:
+        refusal = "no probe could be asked: the chat template takes none of them"
+    return Report(not refusal, str(dtype).removeprefix("torch."), tolerance, tuple(outcomes), refusal)
+
+
+def _compare_one(answer: Answer, result: Result, tokenizer: Tokenizer, tolerance: float) -> Outcome:
+    ids, pixels = result.inputs(answer.conversation)
+    text = str(tokenizer.hf.decode(answer.tokens, skip_special_tokens=True))
+    pixel_difference = 0.0
+    if answer.pixels is not None:
+        same_shape = pixels is not None and pixels.shape == answer.pixels.shape
+        pixel_difference = float((pixels - answer.pixels).abs().max()) if same_shape and pixels is not None else 1e9
+    if ids != answer.prompt or pixel_difference == 1e9:
+        return Outcome(answer.name, ids == answer.prompt, pixel_difference, 1e9, 1e9, 0, False, text)
+    theirs = result.logits(answer.conversation, answer.tokens)
+    vocabulary = min(theirs.shape[1], answer.logits.shape[1])  # one row more where the image token got one
+    ours, theirs = answer.logits[:, :vocabulary], theirs[:, :vocabulary]
+    size = float((ours - ours.mean(1, keepdim=True)).square().mean().sqrt())
+    difference = (theirs - ours).abs()
+    chosen = theirs.argmax(1, keepdim=True)
+    lead = ours.max(1, keepdim=True).values - ours.gather(1, chosen)  # by how much the source preferred its own choice
+    return Outcome(
+        probe=answer.name,
+        same_prompt=True,
+        pixel_difference=pixel_difference,
+        max_difference=float(difference.max()),
+        relative=float(difference.square().mean().sqrt()) / max(size, 1e-12),
+        flips=int((lead > 4 * tolerance * size).sum()),
+        same_answer=result.greedy(answer.conversation, MAX_NEW_TOKENS) == answer.tokens,
+        answer=text,
+    )
+
+
+def _refusal(outcome: Outcome, tolerance: float) -> str:
+    """Why a probe fails, or nothing."""
+    if not outcome.same_prompt:
+        return f"{outcome.probe}: the prompt has other token ids than in training"
+    if outcome.pixel_difference > 1e-5:
+        return f"{outcome.probe}: the image processor gives other pixels (by up to {outcome.pixel_difference:.2g})"
+    if not outcome.relative <= tolerance:  # not `>`: a NaN is no parity either
+        return f"{outcome.probe}: the logits differ by {outcome.relative:.2g} of their size; {tolerance:g} is allowed"
+    if outcome.flips:
+        return f"{outcome.probe}: {outcome.flips} greedy choices differ that were no near-ties"
+    return ""
+
+
+@contextmanager
+def proved(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends without an error.
+
+    After a `ParityError` it stays, so that one can see what was made; after any other error it goes. Raises
+    `CheckpointError` where `out` is there already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise CheckpointError(f"{out} exists already; choose another place, or give --overwrite")
+    temporary = out.with_name(f".{out.name}.unproved")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except ParityError:
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish(temporary, out)
+
+
+def settle(report: Report, folder: Path, out: Path) -> None:
+    """Write the numbers into the folder. Raises `ParityError` where they are beyond the tolerance."""
+    import transformers
+
+    content = {"mmft": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    (folder / PARITY).write_text(json.dumps(content | asdict(report), indent=2, ensure_ascii=False), "utf-8")
+    if not report.verified:
+        raise ParityError(
+            f"{out}: the result does not give what the model gives: {report.refusal}; it was not written. "
+            f"What was made, and the numbers, are in {folder / PARITY}"
+        )
+
+
+def free() -> None:
+    """Give back the memory of a model that is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def tolerance_for(dtype: torch.dtype, quantization: str) -> float:
+    """What may differ, by the dtype of the result and the quantisation of the source."""
+    return INT8_TOLERANCE if quantization == "int8" else TOLERANCE[dtype]
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The numbers a person wants: how many probes, how many with the same greedy answer, the largest difference."""
+    return {
+        "probes": len(report.outcomes),
+        "same_answer": sum(outcome.same_answer for outcome in report.outcomes),
+        "relative": max((outcome.relative for outcome in report.outcomes), default=0.0),
+    }

@@ -1,0 +1,130 @@
+"""Where the names of models are looked up: a folder as it is, else the Hugging Face hub or ModelScope.
+
+Hugging Face names go to transformers as they are, which reads its own cache; ModelScope's become a local folder first.
+`HF_HUB_OFFLINE=1` keeps both from the network. A folder never causes a network call.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmft.config import LLM, Use
+from mmft.errors import ModelError
+
+HUGGINGFACE, MODELSCOPE = "huggingface", "modelscope"
+
+
+def model_folder(where: str, name: str | Path, hub: str, revision: str | None = None) -> str:
+    """What transformers can load: the name itself, or the folder of a ModelScope snapshot.
+
+    Raises `ModelError` in one line where there is no such snapshot, or `modelscope` is not installed.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return str(local)
+    if hub != MODELSCOPE:
+        return str(name)
+    try:
+        snapshot_download = importlib.import_module("modelscope.hub.snapshot_download").snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            f"{where}: model.hub='modelscope' needs modelscope: {error}; pip install 'mmft[modelscope]'"
+        ) from error
+
+    attempts = (True,) if is_offline() else (False, True)  # without a network, what is in the cache will do
+    failure: Exception | None = None
+    for local_files_only in attempts:
+        try:
+            folder = Path(snapshot_download(str(name), revision=revision, local_files_only=local_files_only))
+            if (folder / "config.json").is_file():  # a download that failed leaves an empty folder behind
+                return str(folder)
+            failure = failure or FileNotFoundError(f"{folder} has no config.json")
+        except Exception as error:  # modelscope, requests and urllib3 each have their own
+            failure = failure or error
+    assert failure is not None
+    raise ModelError(missing(where, name, hub, failure)) from failure
+
+
+def encoder_options(encoder: Use, hub: str) -> dict[str, Any]:
+    """The options of a vision encoder, with a ModelScope name under `path` replaced by its folder."""
+    options = dict(encoder.options)
+    if isinstance(options.get("path"), str):
+        options["path"] = model_folder("model.vision.encoder.path", options["path"], hub, options.get("revision"))
+    return options
+
+
+def load_tokenizer(llm: LLM, hub: str = HUGGINGFACE, folder: Path | None = None) -> Any:
+    """The language model's tokenizer with `llm.new_tokens`; `folder` holds one that training saved.
+
+    New tokens are not special ones: data that spells them gets them, and answers show them. Raises `ModelError` in one
+    line where there is no tokenizer, or a new token is not new.
+    """
+    from transformers import AutoTokenizer
+
+    path = str(folder) if folder else model_folder("model.llm.path", llm.path, hub, llm.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=llm.revision, trust_remote_code=llm.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(failed("model.llm.path", path, hub, error, "no tokenizer in")) from error
+    if folder is None:
+        new_token_ids(tokenizer, llm.new_tokens, llm.path)
+    return tokenizer
+
+
+def new_token_ids(tokenizer: Any, tokens: Sequence[str], path: str) -> list[int]:
+    """Add tokens to the tokenizer of a base model and return their ids. Raises `ModelError` for one that it has."""
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab() if tokens else {}
+    old = [token for token in tokens if token in known]
+    if old:
+        raise ModelError(f"model.llm.new_tokens: {', '.join(map(repr, old))} is a token of {path} already; drop it")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+
+
+def failed(where: str, name: str | Path, hub: str, error: Exception, what: str = "cannot load") -> str:
+    """One line about a model that transformers did not load: it is not there, or what is wrong with it."""
+    local = Path(name).expanduser()
+    if not local.is_dir() and isinstance(error, OSError) and not _is_cached(str(name)):
+        return missing(where, name, hub, error)
+    return f"{where}: {what} {name}: {_first_line(error)}"
+
+
+def missing(where: str, name: str | Path, hub: str, error: Exception) -> str:
+    """One line that names both causes a missing model can have, the likelier first."""
+    if looks_like_path(str(name)):
+        return f"{where}: the folder {name} does not exist; give a folder saved by save_pretrained, or a name on {hub}"
+    if is_offline():
+        other = "offline mode is on (HF_HUB_OFFLINE=1) and it was never downloaded here; correct it or go online once"
+    else:
+        other = f"{hub} cannot be reached ({_first_line(error)}); correct it, log in if it is private, or go online"
+    return f"{where}: {str(name)!r} is no folder and was not found on {hub}: either the name is wrong, or {other}"
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: hub names are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
