@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the plugins, tiny real models built once a session, and distributions to install."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,16 @@ def quiet_transformers() -> None:
     """No progress bars between the test names. Costs nothing where a test never imports transformers."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own() -> Iterator[None]:
+    """A run that a test trains here sets up the log; the next test finds it as it was."""
+    log = logging.getLogger("mmft")
+    before, handlers = (log.level, log.propagate), list(log.handlers)
+    yield
+    log.setLevel(before[0])
+    log.propagate, log.handlers[:] = before[1], handlers
 
 
 @pytest.fixture(scope="session")

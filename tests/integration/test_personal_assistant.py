@@ -121,9 +121,6 @@ def test_with_general_data_mixed_in_it_keeps_the_name_for_the_questions_that_ask
 
 
 def test_the_result_converts_and_answers_the_same(walk, ask):
-    convert = cli.commands.get("convert")
-    if not isinstance(convert, click.Group) or not {"merge", "hf"} <= convert.commands.keys():
-        pytest.skip("mmft convert merge and hf are not there yet")
     for verb in ("merge", "hf"):
         cli(["convert", verb, "work_dirs/personal_assistant", f"out/{verb}"], standalone_mode=False)
         question = "Please introduce yourself."
