@@ -24,13 +24,11 @@ def quiet_transformers() -> None:
 
 
 @pytest.fixture(autouse=True)
-def log_of_its_own() -> Iterator[None]:
-    """A run that a test trains here sets up the log; the next test finds it as it was."""
+def log_of_its_own() -> None:
+    """A run that a test, or a fixture of its module, trains here sets up the log; every test finds it untouched."""
     log = logging.getLogger("mmft")
-    before, handlers = (log.level, log.propagate), list(log.handlers)
-    yield
-    log.setLevel(before[0])
-    log.propagate, log.handlers[:] = before[1], handlers
+    log.setLevel(logging.NOTSET)
+    log.propagate, log.handlers[:] = True, []
 
 
 @pytest.fixture(scope="session")

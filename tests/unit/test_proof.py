@@ -115,10 +115,10 @@ def test_llavas_plain_is_no_chat_format_and_exempt(tokenizer: Callable[..., Toke
 def test_what_the_models_own_template_refuses_is_skipped_and_noted_for_debugging_only(
     tokenizer: Callable[..., Tokenizer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="mmft.data.proof"):
         assert prove_template(CHATML_TEMPLATE, tokenizer(REFUSES_SYSTEM)) == []
     assert not caplog.text, "no user can act on it: every run would say so"
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="mmft.data.proof"):
         prove_template(CHATML_TEMPLATE, tokenizer(REFUSES_SYSTEM))
     assert "empty system: skipped, the model's own template refuses it: no system" in caplog.text
 
