@@ -20,7 +20,7 @@ from mmft.data.check import (
 from mmft.data.check_report import CheckReport, count_outcomes
 from mmft.data.formats import LOOKED, added_text, looks_like_all, probe, source_use
 from mmft.data.measure import duplicates, hash_text, histogram
-from mmft.data.records import iterate_records, iterate_samples, render_sample
+from mmft.data.records import iterate_records, iterate_samples, render_sample, unwritten_thoughts
 from mmft.data.shape import load_hf_tokenizer
 from mmft.data.store import Drop
 from mmft.data.tokenize import IMAGE_TOKEN, Tokenizer, refuse_surrogates, tokenize_batch
@@ -248,6 +248,8 @@ def _see(
     if lengths:
         try:
             waiting.append(lengths.render(sample))
+            if note := unwritten_thoughts(sample, waiting[-1], lengths.template):
+                seen.drops.append(Drop(where, number, name, note, "repaired"))
         except DataError as error:
             seen.drops.append(Drop(where, number, name, str(error), NOT_RENDERED))
             return

@@ -11,7 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,14 @@ from mmft.data.digest import digest_of
 from mmft.data.files import META, StoreWriter, open_store, source_name
 from mmft.data.formats import format_hint
 from mmft.data.image_paths import is_mended
-from mmft.data.records import bound_template, history_note, iterate_records, iterate_samples, render_sample
+from mmft.data.records import (
+    bound_template,
+    history_note,
+    iterate_records,
+    iterate_samples,
+    render_sample,
+    unwritten_thoughts,
+)
 from mmft.data.store import DROPPED, REPAIRED, REPLACED, Drop, TokenStore, drop_summary
 from mmft.data.tokenize import Piece, TokenizedChunk, Tokenizer, encode_pieces, pieces_of
 from mmft.data.visible import one_line
@@ -206,7 +213,10 @@ def _render_chunk(
                 raise DataError(sample)
             if tokenizer.image_id is None and isinstance(sample, Conversation) and sample.images:
                 raise DataError("has an image, but the model has no vision encoder")
-            rendered.pieces.append(pieces_of(render_sample(sample, template, tokenizer), tokenizer))
+            segments = render_sample(sample, template, tokenizer)
+            rendered.pieces.append(pieces_of(segments, tokenizer))
+            if isinstance(sample, Conversation) and (note := unwritten_thoughts(sample, segments, template)):
+                sample = replace(sample, notes=(*sample.notes, note))
             rendered.kept.append((number, record, sample))
         except DataError as error:
             rendered.note(number, record, str(error))

@@ -80,6 +80,18 @@ def render_sample(sample: Sample, template: ChatTemplate, tokenizer: Tokenizer) 
     return template.render(sample)
 
 
+def unwritten_thoughts(sample: Sample, segments: Sequence[Segment], template: ChatTemplate) -> str:
+    """The repair to list where a chat template wrote nothing of what trained answers thought; empty elsewhere."""
+    if isinstance(sample, Document):
+        return ""
+    thoughts = [one.reasoning.strip() for one in sample.messages if one.reasoning and one.is_trained]
+    if not thoughts:
+        return ""
+    written = "".join(segment.content for segment in segments if isinstance(segment.content, str))
+    lost = sum(thought not in written for thought in thoughts)
+    return f"reasoning that chat template {template.name!r} does not write is not trained: {lost}" if lost else ""
+
+
 def bound_template(name: str, plugins: Plugins, tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template for this tokenizer; one that cannot be had is refused when the first conversation needs it.
 

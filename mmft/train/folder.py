@@ -24,6 +24,7 @@ from mmft.modeling.checkpoint import (
 from mmft.plugins import Plugins
 
 log = logging.getLogger("mmft")
+TRAINER_STATE_NAME = "trainer_state.json"  # as transformers names it
 SHOWN = 4  # differences of a config
 
 
@@ -71,6 +72,11 @@ def find_checkpoint(
                 raise
             log.warning("passed over: %s", error)
             continue
+        if not (candidate / TRAINER_STATE_NAME).is_file():
+            raise CheckpointError(
+                f"{candidate} is a model, not a checkpoint: it has no {TRAINER_STATE_NAME} to go on from; "
+                f"give a folder such as {folder / 'checkpoint-100'}, or --resume alone for the newest"
+            )
         if not manifest.config:
             raise CheckpointError(f"{candidate} was written by an earlier version; start a new run from its weights")
         if found := differences(manifest.config, decides_weights(config)):

@@ -15,7 +15,6 @@ from mmft.types import Conversation, Image, Message, RawRecord, Role, Text, Tool
 from mmft_plugins._records import keys_found, object_list, shown, text_field
 
 MARK = "<image>"
-REASONING_NOTE = "reasoning_content is trained only by a chat template with a form for it ('qwen3', or 'auto')"
 
 
 def message(role: Role, text: str, **fields: Any) -> Message:
@@ -34,21 +33,20 @@ def conversation(
 ) -> Conversation | None:
     """The conversation of these messages; None where none of them is left to train.
 
-    Four things are left out or mended, each with a note that counts it: answers before the first question, which have
+    Three things are left out or mended, each with a note that counts it: answers before the first question, which have
     nothing to answer (as LLaVA and XTuner do; system messages stay); the training of an empty answer, which would teach
-    to stop at once; turns after the last trained answer, which teach nothing and make formats that rewrite earlier
-    turns, as Qwen3's, train none; and thoughts, which some chat templates have no form for.
+    to stop at once; and turns after the last trained answer, which teach nothing and make formats that rewrite earlier
+    turns, as Qwen3's, train none.
     """
     rest = list(dropwhile(lambda one: one.role != "user", messages))
     head = messages[: len(messages) - len(rest)]
     kept = [*(one for one in head if one.role == "system"), *rest]
     if lost := len(messages) - len(kept):
         notes = (*notes, f"{counted(lost, 'answer')} before the first question")
-    last, empty, thoughts = -1, 0, 0
+    last, empty = -1, 0
     for number, one in enumerate(kept):
         if not one.is_trained:
             continue
-        thoughts += one.reasoning is not None
         if one.tool_calls or one.text.strip():
             last, within = number, empty
         else:
@@ -60,8 +58,6 @@ def conversation(
         notes = (*notes, f"empty answers are not trained: {within}")
     if after := len(kept) - 1 - last:
         notes = (*notes, f"turns after the last trained answer are left out: {after}")
-    if thoughts:
-        notes = (*notes, f"{REASONING_NOTE}: {counted(thoughts, 'answer')}")
     return Conversation(tuple(kept[: last + 1]), tools, notes)
 
 

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mmft.config.load import load_config
+from mmft.errors import CheckpointError
+from mmft.plugins import load_plugins
+from mmft.train.folder import find_checkpoint
+
 CONFIG = """
 from mmft.config import LLM, Data, Dataset, Lora, Model, Optim, Runtime, TrainConfig, Vision, use
 
@@ -83,6 +88,15 @@ def test_resume_without_a_checkpoint_says_so_and_exits_2(training, setting, tmp_
     output = training.run(write_config(tmp_path / "nothing", setting), "--resume", expected=2)
     assert "nothing to resume from" in output
     assert "Traceback" not in output
+
+
+def test_a_model_is_refused_as_a_checkpoint_before_anything_is_loaded(training, straight):
+    plugins = load_plugins()
+    config = load_config(str(straight / "config.py"), plugins)
+    with pytest.raises(CheckpointError, match=r"final is a model, not a checkpoint: it has no trainer_state.json"):
+        find_checkpoint(config, plugins, straight / "final")
+    newest = find_checkpoint(config, plugins, True)
+    assert newest is not None and newest.name.startswith("checkpoint-")
 
 
 def test_sigterm_saves_and_exits_143(training, setting, tmp_path):

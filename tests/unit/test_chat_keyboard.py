@@ -3,11 +3,14 @@
 import sys
 import time
 from pathlib import Path
-from threading import Thread
+from select import select
+from threading import Event, Thread
+from typing import Any
 
 import pytest
 from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.application.current import AppSession
+from prompt_toolkit.input import PipeInput, create_pipe_input
 
 from mmft.chat.keyboard import Keyboard
 
@@ -24,19 +27,42 @@ def at_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def typed(*keys: str, multiline: bool = False) -> list[str]:
     """The questions that some keys make. Between two groups a person waits: history and completions load meanwhile."""
 
+    ended = Event()
+
     def press() -> None:
         for group in (*keys, CTRL_D):
+            wait_for_prompt(app_session, pipe, ended)
             pipe.send_text(group)
-            time.sleep(0.15)
 
-    with create_pipe_input() as pipe, create_app_session(input=pipe):
+    with create_pipe_input() as pipe, create_app_session(input=pipe) as app_session:
         keyboard = Keyboard(["/image", "/reset", "EXIT"], lambda command: command == "/image", multiline=multiline)
         hands = Thread(target=press)
         hands.start()
         try:
             return list(keyboard.questions(lambda text: None))
         finally:
+            ended.set()
             hands.join()
+
+
+def wait_for_prompt(app_session: AppSession, pipe: PipeInput, ended: Event) -> None:
+    """Until the keys sent so far are read, and the prompt that stands there then has its history."""
+
+    def state() -> tuple[Any, ...] | None:
+        app = app_session.app
+        unread = bool(select([pipe.fileno()], [], [], 0)[0])
+        if app is None or not app.is_running or unread or app.key_processor.input_queue:
+            return None
+        history, completion = app.current_buffer._load_history_task, app.current_buffer.complete_state
+        if history is None or not history.done():
+            return None
+        return id(history), app.current_buffer.text, completion is not None
+
+    steady, seen = 0, state()
+    while steady < 4 and not ended.is_set():
+        time.sleep(0.05)
+        now = state()
+        steady, seen = (steady + 1 if now is not None and now == seen else 0), now
 
 
 def test_enter_sends_and_alt_enter_makes_a_new_line() -> None:

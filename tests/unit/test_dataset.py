@@ -257,6 +257,21 @@ def test_repeat_limit_and_system_change_a_dataset_and_no_other(
     assert "Own." in texts[5] and store.num_records == 4 and len(store.lengths) == len(store.has_image) == 6
 
 
+@pytest.mark.parametrize(("template", "noted"), [("chatml", True), ("qwen3", False)])
+def test_thoughts_that_the_template_does_not_write_are_listed_as_a_repair(
+    tmp_path: Path, stores: Stores, tokenizer: Tokenizer, template: str, noted: bool
+) -> None:
+    answer = {"role": "assistant", "content": "Red.", "reasoning_content": "I see red."}
+    path = write(tmp_path / "talk.json", [{"messages": [{"role": "user", "content": "Which colour?"}, answer]}])
+    data = data_of(Dataset(source=use("json", path=path), data_map="openai"), chat_template=template)
+    store = stores(data, tokenizer)
+    text = decoded(store, 0, tokenizer)
+    assert ("I see red." in text, "Red." in text) == (not noted, True)
+    note = "reasoning that chat template 'chatml' does not write is not trained: 1"
+    assert [drop.reason for drop in store.drops] == ([note] if noted else [])
+    assert not noted or store.drops[0].action == "repaired"
+
+
 def test_a_document_takes_neither_template_nor_system(tmp_path: Path, stores: Stores, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.json", [{"text": "The quick fox."}])
     data = data_of(Dataset(source=use("json", path=path), data_map="pretrain", system="Briefly."))
