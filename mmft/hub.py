@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmft.config import LLM, Use
+from mmft.config import LLM, Model, Use
 from mmft.errors import ModelError
 
 HUGGINGFACE, MODELSCOPE = "huggingface", "modelscope"
@@ -44,6 +44,26 @@ def model_folder(where: str, name: str | Path, hub: str, revision: str | None = 
             failure = failure or error
     assert failure is not None
     raise ModelError(missing(where, name, hub, failure)) from failure
+
+
+def seen_from(model: Model, folder: Path) -> Model:
+    """A trained model's parts, where they can be opened from here.
+
+    A relative path means the folder that training was started in. Where it leads nowhere from the current one, it is
+    looked for from each folder above the run's, the nearest first; where there is none, it stays as it is.
+    """
+
+    def found(path: str) -> str:
+        if Path(path).expanduser().is_absolute() or Path(path).exists():
+            return path
+        above = (parent / path for parent in folder.absolute().parents)
+        return str(next((place for place in above if place.is_dir()), path))
+
+    model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": found(model.llm.path)})})
+    if model.vision and isinstance(path := model.vision.encoder.options.get("path"), str):
+        encoder = Use(name=model.vision.encoder.name, options={**model.vision.encoder.options, "path": found(path)})
+        model = model.model_copy(update={"vision": model.vision.model_copy(update={"encoder": encoder})})
+    return model
 
 
 def encoder_options(encoder: Use, hub: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def run_mmft(*arguments: str | Path, **options: object) -> subprocess.CompletedP
     """Run the command line as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "mmft", *map(str, arguments)],
-        check=False, capture_output=True, text=True, timeout=120, env=quiet_environment(), **options,
+        check=False, capture_output=True, text=True, timeout=400, env=quiet_environment(), **options,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ class Training:
 
     def wait_for(self, process: subprocess.Popen[str], path: Path) -> None:
         """Until a run has written a file."""
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not path.exists():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline

@@ -48,7 +48,7 @@ def in_process_of_its_own(code: str, *arguments: str) -> subprocess.CompletedPro
 
 
 def real(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 IMPORTED = f"""

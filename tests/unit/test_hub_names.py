@@ -11,7 +11,7 @@ import torch
 from mmft.config import LLM, Model, Vision, use
 from mmft.data.shape import describe_model
 from mmft.errors import ModelError
-from mmft.hub import looks_like_path, model_folder
+from mmft.hub import looks_like_path, model_folder, seen_from
 from mmft.modeling.build import build_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -158,3 +158,22 @@ def test_names_in_the_modelscope_cache_need_no_network(
     assert calls == []
     with pytest.raises(ModelError, match=r"'acme/other' is no folder and was not found on modelscope: .*offline mode"):
         describe_model(model("acme/other", tiny_clip_path, hub="modelscope"), plugins)
+
+
+def test_a_relative_path_of_a_trained_model_is_found_from_anywhere(tmp_path, monkeypatch):
+    started, run = tmp_path / "project", tmp_path / "project" / "work_dirs" / "run" / "final"
+    (started / "models" / "llm").mkdir(parents=True)
+    run.mkdir(parents=True)
+    encoder = use("clip", path="models/clip", select_layer=-2)  # is nowhere: a name of the hub
+    model = Model(llm=LLM(path="models/llm"), vision=Vision(encoder=encoder, projector=use("mlp2x_gelu")))
+    monkeypatch.chdir(started)
+    assert seen_from(model, run) == model
+    monkeypatch.chdir(tmp_path)
+    found = seen_from(model, run)
+    assert found.llm.path == str(started / "models" / "llm")
+    assert found.vision == model.vision
+    (started / "models" / "clip").mkdir()
+    assert seen_from(model, run).vision.encoder.options == {
+        "path": str(started / "models" / "clip"),
+        "select_layer": -2,
+    }

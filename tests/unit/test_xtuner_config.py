@@ -1,6 +1,7 @@
 """XTuner 0.1 configs, written here in its manner, are read without being run and become configs that load and check."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ from mmft.cli.convert_xtuner import xtuner_config
 from mmft.config import TrainConfig
 from mmft.config.check import find_problems
 from mmft.config.foreign import is_xtuner_config
-from mmft.config.load import load_config
+from mmft.config.load import list_configs, load_config
 from mmft.convert.xtuner_ast import Named, Unread, read_assignments
 from mmft.convert.xtuner_config import Translation, translate
 from mmft.convert.xtuner_names import image_tokens
-from mmft.errors import ConfigError
+from mmft.errors import ConfigError, UnknownName
 
 IMPORTS = """
 import torch
@@ -249,9 +250,16 @@ def test_a_picture_on_the_web_is_left_out_with_a_word(converted):
     assert config.runtime.samples[0].images == (Path("data/view.jpg"),)
 
 
-def test_records_in_xtuners_own_form_are_named(converted):
-    made, _ = converted(TEXT, ("dataset_map_fn=openai_map_fn", "dataset_map_fn=None"))
-    assert any('{"conversation":' in line for line in made.report.edits)
+def test_records_in_xtuners_own_form_are_read_as_they_are(converted):
+    made, config = converted(TEXT, ("dataset_map_fn=openai_map_fn", "dataset_map_fn=None"))
+    assert (config.data.datasets[0].data_map, made.report.edits) == ("xtuner", [])
+    made, config = converted(
+        TEXT,
+        ("dataset_map_fn=openai_map_fn", "dataset_map_fn=None"),
+        ("template_map_fn=dict(type=template_map_fn_factory, template=template)", "template_map_fn=None"),
+    )
+    assert (config.data.chat_template, made.report.edits) == ("auto", [])
+    assert any("documents need none" in line for line in made.report.differs)
 
 
 def test_documents_have_no_template(converted):
@@ -423,6 +431,31 @@ def test_train_names_the_command_that_converts(tmp_path, plugins):
         load_config(str(path), plugins)
 
 
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("internlm2_chat_7b_qlora_oasst1_e3", "internlm2_1_8b_qlora_alpaca"),
+        ("qwen_7b_full_alpaca_e3_copy", "custom_full_sft"),
+        ("llava_llama3_8b_instruct_quant_clip_vit_large_p14_336_e1_gpu1_pretrain", "llava_pretrain"),
+        ("llava_internlm2_chat_7b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune", "llava_internlm2_1_8b_finetune"),
+        ("internlm2_7b_w_untokenized_dataset_e3", None),
+        ("zephyr_7b_beta_qlora_alpaca_e3", None),
+    ],
+)
+def test_the_name_of_an_xtuner_config_leads_to_one_of_ours(plugins, name, closest):
+    with pytest.raises(UnknownName, match=f"{name!r}, which is XTuner's spelling") as caught:
+        load_config(name, plugins)
+    assert f"mmft convert xtuner-config {name}.py" in str(caught.value)
+    named = re.search(r"copy-cfg (\w+)", str(caught.value))
+    assert named is not None and named[1] in {one.name for one in list_configs(plugins)}
+    assert closest in (None, named[1])
+
+
+def test_a_misspelt_name_of_ours_is_no_xtuner_name(plugins):
+    with pytest.raises(UnknownName, match="did you mean 'llava_finetune'"):
+        load_config("llava_fintune", plugins)
+
+
 def test_a_config_of_ours_is_no_xtuner_config(tmp_path, plugins, converted):
     converted()
     assert not is_xtuner_config(tmp_path / "new.py")
@@ -443,7 +476,7 @@ def test_the_written_file_is_in_house_style(tmp_path, converted):
         converted(body)
         for command in (["format", "--check"], ["check", "--select", "E,F,I,UP"]):
             ruff = [sys.executable, "-m", "ruff", *command, "--line-length", "120", "--isolated", "new.py"]
-            done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
 
 
