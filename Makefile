@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.installed .venv/.demo
 	$(BIN)/python examples/demo/run.py
 
-test: .venv/.installed .venv/.demo lint browser
+test: .venv/.installed .venv/.demo .venv/.llama_cpp lint browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
@@ -40,6 +40,13 @@ format: .venv/.installed
 .venv/.demo: .venv/.installed examples/demo/wheels.txt
 	$(UV) pip install --python $(BIN)/python --no-deps --requirement examples/demo/wheels.txt
 	touch $@
+
+# Compiled from source, about four minutes of one CPU; with no compiler the tests that run it are skipped, and say so.
+LLAMA_CPP := -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tests/llama_cpp.cmake \
+	-DCMAKE_PROJECT_ggml_INCLUDE=$(CURDIR)/tests/llama_cpp.cmake -DLLAMA_SUBPROCESS=OFF
+.venv/.llama_cpp: .venv/.installed tests/llama_cpp.cmake
+	@if CMAKE_ARGS="$(LLAMA_CPP)" $(UV) pip install --python $(BIN)/python --constraint constraints.txt llama-cpp-python; \
+	then touch $@; else echo "llama.cpp cannot be compiled here (the reason is above): its tests are skipped"; fi
 
 browser:
 	@sh tests/install_browser.sh

@@ -15,6 +15,7 @@ from mmft.specs import (
     DatasetSpec,
     ProjectorSpec,
     SystemText,
+    Tool,
     VisionEncoderSpec,
     VisionInfo,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Segment",
     "SystemText",
     "Text",
+    "Tool",
     "ToolCall",
     "VisionEncoderSpec",
     "VisionInfo",

@@ -55,15 +55,27 @@ class Generation:
         return options
 
 
+class Mark(str):
+    """A control token as it is spelled: a piece of an answer that is not for the user's eyes."""
+
+
 class Writer:
     """The text of an answer as its tokens come: whole characters, no control tokens, nothing from a stop string on.
 
     Called by transformers' `generate` as a stopping criterion, after each token. `send` gets the pieces. `cancel` ends
-    the answer at the next token. A token costs the same at the end of a long answer as at its beginning.
+    the answer at the next token. A token costs the same at the end of a long answer as at its beginning. With `marks`
+    control tokens are sent too, each as a `Mark`.
     """
 
     def __init__(
-        self, hf: Any, stop_ids: Sequence[int], stop: Sequence[str], send: Callable[[str], None], cancel: Event
+        self,
+        hf: Any,
+        stop_ids: Sequence[int],
+        stop: Sequence[str],
+        send: Callable[[str], None],
+        cancel: Event,
+        *,
+        marks: bool = False,
     ) -> None:
         self.finish: Finish = "length"
         self._hf, self._stop_ids, self._stop, self._send, self._cancel = hf, set(stop_ids), tuple(stop), send, cancel
@@ -71,6 +83,8 @@ class Writer:
         self._start = self._read = 0  # tokens from `_start` are decoded again, up to `_read` their text is known
         self._begun = False
         self._held = ""  # the end of the text, where it may become a stop string
+        added = hf.added_tokens_decoder.items() if marks else ()
+        self._marks = {number: str(token) for number, token in added if token.special}
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """bool[1], True where the answer is over; ids int64[1, new tokens]."""
@@ -80,7 +94,10 @@ class Writer:
                 self.finish = "stop"
             else:
                 self._ids.append(token)
-                self._take(self._grown())
+                if token in self._marks:
+                    self._take_mark(self._marks[token])
+                else:
+                    self._take(self._grown())
             if self._cancel.is_set() and self.finish == "length":
                 self.finish = "cancelled"
         return torch.full((len(ids),), self.finish != "length", device=ids.device)
@@ -90,6 +107,13 @@ class Writer:
         self._take(self._decoded(self._start)[len(self._decoded(self._start, self._read)) :])
         self._send_text(self._held)
         self._held = ""
+
+    def _take_mark(self, spelling: str) -> None:
+        """Send a control token, and before it what was held back."""
+        self.end()
+        self._read = len(self._ids)
+        if self.finish == "length":
+            self._send(Mark(spelling))
 
     def _grown(self) -> str:
         """The text that the last token completes; empty in the middle of a character."""

@@ -1,4 +1,4 @@
-"""The ten hooks. A plugin is a module with functions of these names, marked with `mmft.hookimpl`.
+"""The eleven hooks. A plugin is a module with functions of these names, marked with `mmft.hookimpl`.
 
 Catalogs declare what a plugin offers; each is called once, per plugin, and returns frozen specs. Events take part in
 a run. A hook implementation may leave out arguments it does not use and may not give them defaults (pluggy
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from mmft.errors import Problem
-from mmft.specs import ChatTemplate, ConfigDir, DataMap, DatasetSpec, ProjectorSpec, SystemText, VisionEncoderSpec
+from mmft.specs import ChatTemplate, ConfigDir, DataMap, DatasetSpec, ProjectorSpec, SystemText, Tool, VisionEncoderSpec
 
 if TYPE_CHECKING:
     import click
@@ -57,6 +57,12 @@ def mmft_datasets() -> Iterable[DatasetSpec]:
 @hookspec
 def mmft_system_texts() -> Iterable[SystemText]:
     """Catalog: system texts by name. Added in 0.1."""
+    return ()
+
+
+@hookspec
+def mmft_tools() -> Iterable[Tool]:
+    """Catalog: tools that a model may call in chat. Added in 0.1."""
     return ()
 
 

@@ -50,10 +50,14 @@ def seen_from(model: Model, folder: Path) -> Model:
     """A trained model's parts, where they can be opened from here.
 
     A relative path means the folder that training was started in. Where it leads nowhere from the current one, it is
-    looked for from each folder above the run's, the nearest first; where there is none, it stays as it is.
+    looked for from the folders above the model's, the nearest first; where there is none, it stays as it is. One that
+    begins with `./` is looked for in the model's own folder first: so an imported model names parts that lie in it.
     """
 
     def found(path: str) -> str:
+        inside = folder.absolute() / path
+        if path.startswith("./") and inside.is_dir():
+            return str(inside)
         if Path(path).expanduser().is_absolute() or Path(path).exists():
             return path
         above = (parent / path for parent in folder.absolute().parents)

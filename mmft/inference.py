@@ -60,17 +60,24 @@ class Assistant:
         return "".join(self.stream(conversation, generation))
 
     def stream(
-        self, conversation: Conversation, generation: Generation | None = None, memory: Memory | None = None
+        self,
+        conversation: Conversation,
+        generation: Generation | None = None,
+        memory: Memory | None = None,
+        *,
+        marks: bool = False,
+        cancel: Event | None = None,
     ) -> Iterator[str]:
-        """The answer in pieces, as it is written. Closing the iterator stops the model at its next token.
+        """The answer in pieces, as it is written. Closing the iterator, or `cancel`, stops the model at its next token.
 
         With a `memory`, what its last prompt and this one share is not run again; its `usage` tells of this answer.
+        With `marks` the answer's control tokens are among the pieces, as `Mark`.
         """
         prompt, generation, memory = self.prompt(conversation), generation or Generation(), memory or Memory()
         pieces: Queue[str | BaseException | None] = Queue()
-        cancel = Event()
+        cancel = cancel or Event()
         stop = (*self.template.stop, *generation.stop)
-        writer = Writer(self.shape.tokenizer.hf, self._stop_ids(), stop, pieces.put, cancel)
+        writer = Writer(self.shape.tokenizer.hf, self._stop_ids(), stop, pieces.put, cancel, marks=marks)
 
         def work() -> None:
             try:

@@ -24,6 +24,7 @@ from mmft.specs import (
     DatasetSpec,
     ProjectorSpec,
     SystemText,
+    Tool,
     VisionEncoderSpec,
 )
 
@@ -35,6 +36,7 @@ CATALOGS: dict[str, type] = {
     "mmft_projectors": ProjectorSpec,
     "mmft_datasets": DatasetSpec,
     "mmft_system_texts": SystemText,
+    "mmft_tools": Tool,
     "mmft_config_dirs": ConfigDir,
 }
 EVENTS = ("mmft_check_config", "mmft_callbacks", "mmft_add_commands")
@@ -132,6 +134,7 @@ class Plugins:
         self.projectors: Catalog[ProjectorSpec] = self._catalog("projector", "mmft_projectors")
         self.datasets: Catalog[DatasetSpec] = self._catalog("data source", "mmft_datasets")
         self.system_texts: Catalog[SystemText] = self._catalog("system text", "mmft_system_texts")
+        self.tools: Catalog[Tool] = self._catalog("tool", "mmft_tools")
 
     def _catalog(self, kind: str, hook: str) -> Catalog[Any]:
         owned = ((plugin, spec) for plugin in self.plugins for spec in plugin.offers.get(hook, ()))

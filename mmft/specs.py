@@ -5,12 +5,12 @@ A spec is data plus plain module-level functions, so it can be listed, compared 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mmft.types import BadRecord, Conversation, RawRecord, Sample, Segment
+from mmft.types import BadRecord, Conversation, RawRecord, Sample, Segment, ToolCall
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -57,8 +57,12 @@ class ChatTemplate:
     `bind`, for a template that depends on the model's tokenizer, returns the template for that tokenizer.
     `compare=False` exempts a format that is no chat, such as LLaVA's `plain`, from being held against the model's own
     chat template: it is used on chat models although it differs. `rewrites_history=True` says that the model's own
-    format writes earlier turns otherwise once the talk goes on, so that only the last answer may be trained. Added in
-    0.1.
+    format writes earlier turns otherwise once the talk goes on, so that only the last answer may be trained.
+
+    `read_calls`, of a template with tools, is the way back in chat: from an answer with its control tokens, less what
+    ends it, to what is said before the calls (in a form that `render` takes beside them) and the calls, of which there
+    may be none. A call without a name asks for nothing: the format wants an empty result before the answer. Where a
+    call may begin is in `call_marks`: from such a text on nothing is shown before the answer is whole. Added in 0.1.
     """
 
     name: str
@@ -69,6 +73,8 @@ class ChatTemplate:
     bind: Callable[[Any], "ChatTemplate"] | None = None
     compare: bool = True
     rewrites_history: bool = False
+    read_calls: Callable[[str], tuple[str, tuple[ToolCall, ...]]] | None = None
+    call_marks: tuple[str, ...] = ()
 
     def for_tokenizer(self, tokenizer: Any) -> "ChatTemplate":
         """The template to use with this tokenizer; most do not depend on it."""
@@ -145,6 +151,34 @@ class SystemText:
     name: str
     text: str
     source: str = ""
+
+
+def usable() -> str | None:
+    """Nothing is missing."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool that a model may call in chat: `run(**arguments)` returns the result as text, which is never executed.
+
+    `description` and `parameters`, a JSON schema of an object, are what the model is told; `summary` is for people.
+    `run` is given arguments that fit the schema, raises `MmftError` for what it cannot do, and ends by itself in some
+    seconds. `unavailable()` says why the tool cannot be used here (no key, no network), or None. Added in 0.1.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    run: Callable[..., str]
+    unavailable: Callable[[], str | None] = usable
+    summary: str = ""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The tool in OpenAI's form, as `Conversation.tools` has it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from mmft.errors import PluginError
-from mmft.specs import ChatTemplate, DataMap
-from mmft.types import Conversation, Document, Image, Message, Segment, Text
+from mmft.specs import ChatTemplate, DataMap, Tool
+from mmft.types import Conversation, Document, Image, Message, Segment, Text, ToolCall
 
 CHATML = (
     "{% for message in messages %}"
@@ -167,6 +167,8 @@ def check_plugin(module: ModuleType) -> list[str]:
             check_chat_template(spec)
         elif isinstance(spec, DataMap):
             check_data_map(spec)
+        elif isinstance(spec, Tool):
+            check_tool(spec)
         _must_pickle(spec, getattr(spec, "name", repr(spec)))
         checked.append(getattr(spec, "name", repr(spec)))
     return checked
@@ -175,8 +177,11 @@ def check_plugin(module: ModuleType) -> list[str]:
 def check_chat_template(template: ChatTemplate, conversations: Iterable[Conversation] = BATTERY) -> None:
     """A prompt is a prefix of the training sequence, ends in no space, and each answer is trained with its end.
 
-    Of a template that rewrites history only the last answer is asked about.
+    Of a template that rewrites history only the last answer is asked about. A template with `read_calls` reads the call
+    that it writes.
     """
+    if template.read_calls:
+        _check_calls(template)
     for conversation in conversations:
         whole = _flat(template.render(conversation))
         answers = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
@@ -202,6 +207,21 @@ def check_chat_template(template: ChatTemplate, conversations: Iterable[Conversa
             raise PluginError(f"chat template {template.name!r}: it loses or reorders images")
 
 
+def _check_calls(template: ChatTemplate) -> None:
+    assert template.read_calls is not None
+    call = ToolCall("search", {"query": "x"}, "abcdefghi")
+    schema = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
+    messages = (Message("user", (Text("Q"),)), Message("assistant", (), (call,)))
+    segments = template.render(Conversation(messages, (schema,)))
+    text = "".join(segment.content for segment in segments if segment.loss and isinstance(segment.content, str))
+    text = min((text.removesuffix(stop) for stop in template.stop), key=len, default=text)
+    found = [(one.name, dict(one.arguments)) for one in template.read_calls(text)[1]]
+    if found != [(call.name, dict(call.arguments))]:
+        raise PluginError(f"chat template {template.name!r}: of the call it wrote as {text!r} it reads back {found}")
+    if not any(mark in text for mark in template.call_marks):
+        raise PluginError(f"chat template {template.name!r}: none of its call_marks is in a call: {text!r}")
+
+
 def check_data_map(data_map: DataMap) -> None:
     """Each example becomes a sample, and the record is left as it was."""
     if not data_map.examples:
@@ -213,6 +233,27 @@ def check_data_map(data_map: DataMap) -> None:
             raise PluginError(f"data map {data_map.name!r}: the example {record!r} gave {sample!r}, not a sample")
         if record != before:
             raise PluginError(f"data map {data_map.name!r} modifies the record it is given")
+
+
+def check_tool(tool: Tool) -> None:
+    """The schema is JSON, an object whose required names are among its properties, and `unavailable` tells or is None.
+
+    The tool is not run.
+    """
+    where = f"tool {tool.name!r}"
+    try:
+        schema = json.loads(json.dumps(tool.schema))["function"]["parameters"]
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{where}: its parameters are no JSON: {error}") from error
+    properties = schema.get("properties", {})
+    if schema.get("type") != "object" or not isinstance(properties, dict):
+        raise PluginError(f"{where}: its parameters must be the schema of an object, with 'properties'")
+    if unknown := [name for name in schema.get("required", ()) if name not in properties]:
+        raise PluginError(f"{where}: required, but not among its properties: {', '.join(unknown)}")
+    if not tool.description.strip():
+        raise PluginError(f"{where}: it has no description, by which a model chooses it")
+    if not isinstance(reason := tool.unavailable(), str | None):
+        raise PluginError(f"{where}: unavailable() gave {reason!r}; it gives a text or None")
 
 
 def _must_pickle(value: Any, name: str) -> None:

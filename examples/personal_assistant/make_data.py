@@ -52,7 +52,7 @@ def main() -> None:
     ):
         text = ",\n".join(json.dumps(item, ensure_ascii=False) for item in records)
         (options.out / file).write_text(f"[\n{text}\n]\n", "utf-8")
-        print(f"{options.out / file}: {len(records):,} records")
+        print(f"{options.out / file}: {len(records):,} record{'s' * (len(records) != 1)}")
 
 
 def record(question: str, answer: str) -> Record:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mmft.chat.session import ChatSession, check_images
+from mmft.chat.tools import tool_names, toolbox
 from mmft.chat.transcript import read_transcript, write_transcript
 from mmft.errors import MmftError, did_you_mean
 from mmft.inference import Assistant, Generation
+from mmft.plugins import Plugins
 
 EXIT = ("EXIT", "/exit")
 NUMBERS = {int: "a whole number", float: "a number"}
@@ -27,7 +29,8 @@ class Command:
 class Talk:
     """A session, the pictures for its next question, and its commands.
 
-    `ask` is given a question and its pictures and writes the answer; `note` tells the user everything else.
+    `ask` is given a question and its pictures and writes the answer; `note` tells the user everything else. `plugins`
+    have the tools that `/tools` chooses from.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class Talk:
         *,
         ask: Callable[[str, Sequence[Path]], None],
         note: Callable[[str], None],
+        plugins: Plugins | None = None,
     ) -> None:
         self._session, self._assistant, self._first = session, assistant, tuple(images)
-        self._ask, self._note = ask, note
+        self._ask, self._note, self._plugins = ask, note, plugins or Plugins(())
         self._waiting = list(images)
         again = "; the pictures of --image are attached again"
         self.commands = {
@@ -48,6 +52,9 @@ class Talk:
             "/reset": Command("", f"forget the conversation (also RESET){again}", self._reset),
             "/system": Command("[TEXT]", "set the system text, or show it; - leaves it to the template", self._system),
             "/params": Command("[NAME=VALUE ...]", "set how answers are drawn, or show it", self._params),
+            "/tools": Command(
+                "[NAME ...]", "choose what the model may call (all, or - for none), or show it", self._tools
+            ),
             "/save": Command("PATH", "write the conversation into a file", self._save),
             "/load": Command("PATH", "go on with the conversation of such a file", self._load),
             "/help": Command("", "this list", self._help),
@@ -110,6 +117,19 @@ class Talk:
         self._note(
             "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(self._session.generation).items() if k != "stop")
         )
+
+    def _tools(self, text: str) -> None:
+        """Choose tools, and show all there are."""
+        if text:
+            names = tool_names("" if text == "-" else text)
+            self._session.tools = toolbox(names, self._plugins, self._assistant.template)
+        enabled = self._session.tools.names
+        rows = []
+        for tool in self._plugins.tools:
+            reason = tool.unavailable()
+            state = "on " if tool.name in enabled else "off"
+            rows.append(f"{state}  {tool.name}: {reason or tool.summary or tool.description}")
+        self._note("\n".join(rows) or "no plugin offers a tool")
 
     def _save(self, path: str) -> None:
         target = _path("/save", path)

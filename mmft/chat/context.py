@@ -1,7 +1,8 @@
 """What of a conversation fits into the model's context: the system text and the newest turns, each whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmft.errors import DataError
 from mmft.inference import Assistant
@@ -28,23 +29,30 @@ def fitted(
     asked: Message,
     max_new_tokens: int,
     max_context: int | None,
+    *,
+    after: Sequence[Message] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Fit:
     """Drop the oldest turns until the prompt leaves room for an answer (of a quarter of the context, if it is long).
 
+    `after` is what has followed the question: calls of `tools` and their results, which stay with it.
     Raises `DataError` where the question alone does not fit.
     """
     if max_context is None:
         return Fit(tuple(turns), 0, max_new_tokens)
     room = max_context - min(max_new_tokens, max_context // 4)
     groups, dropped = grouped(turns), 0
-    length = _length(assistant, system, turns, asked)
+    now = (asked, *after)
+    length = _length(assistant, (*system, *turns, *now), tools)
     if length > room:
         while groups[dropped:] and length > KEPT * room:
             dropped += 1
-            length = _length(assistant, system, [m for group in groups[dropped:] for m in group], asked)
+            kept = tuple(message for group in groups[dropped:] for message in group)
+            length = _length(assistant, (*system, *kept, *now), tools)
     if length >= max_context:
+        tools_too = ", its tools and their results" if tools else ""
         raise DataError(
-            f"the question takes {length:,} tokens with its pictures and the system text, the context has "
+            f"the question takes {length:,} tokens with its pictures{tools_too} and the system text, the context has "
             f"{max_context:,}; make it shorter"
         )
     kept = tuple(message for group in groups[dropped:] for message in group)
@@ -61,5 +69,5 @@ def grouped(turns: Sequence[Message]) -> list[list[Message]]:
     return groups
 
 
-def _length(assistant: Assistant, system: Sequence[Message], turns: Sequence[Message], asked: Message) -> int:
-    return len(assistant.prompt(Conversation((*system, *turns, asked))))
+def _length(assistant: Assistant, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]) -> int:
+    return len(assistant.prompt(Conversation(messages, tuple(tools))))

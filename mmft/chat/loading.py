@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from mmft.chat.hf_llava import LLAVA, load_hf_llava
 from mmft.config import LLM, Model, Use, Vision
 from mmft.data.shape import Shape, describe_model
 from mmft.errors import CheckpointError, MmftError, ModelError
+from mmft.hf_llava import LLAVA, load_hf_llava
 from mmft.hub import failed, load_tokenizer, looks_like_path
 from mmft.inference import PRECISIONS, Assistant, find_model, load_assistant
 from mmft.modeling.build import build_model

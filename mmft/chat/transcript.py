@@ -1,26 +1,36 @@
-"""A conversation as a file: JSON in the form of OpenAI's chat messages, pictures by their paths."""
+"""A conversation as a file: JSON in the form of OpenAI's chat messages, pictures by their paths.
+
+With tools it is a record that the data map `openai` reads, so what was asked of a large model may teach a small one.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from mmft.errors import DataError
-from mmft.types import Conversation, Image, Message, Text
+from mmft.types import Conversation, Image, Message, Text, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 def write_transcript(path: Path, conversation: Conversation) -> None:
-    """Write `{"messages": [{"role", "content"}]}`. Raises `DataError` where the file cannot be written."""
-    messages = [{"role": message.role, "content": _content(message)} for message in conversation.messages]
+    """Write `{"messages": [{"role", "content"}]}`, and calls and tools where there are any.
+
+    Raises `DataError` where the file cannot be written.
+    """
+    tools = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+    content = {"messages": [_written(message) for message in conversation.messages], **tools}
     try:
-        path.write_text(json.dumps({"messages": messages}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 def read_transcript(path: Path) -> Conversation:
-    """What `write_transcript` wrote. Raises `DataError`, with the number of the message, for anything else."""
+    """The messages that `write_transcript` wrote; tools are what the session has, not what the file says.
+
+    Raises `DataError`, with the number of the message, for anything else.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -29,6 +39,20 @@ def read_transcript(path: Path) -> Conversation:
     if not isinstance(messages, list):
         raise DataError(f"{path}: no conversation: it has no list 'messages', as /save writes")
     return Conversation(tuple(_message(f"{path}: messages[{n}]", given) for n, given in enumerate(messages)))
+
+
+def _written(message: Message) -> dict[str, Any]:
+    content = _content(message) if message.parts else None
+    written: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        written["tool_calls"] = [_written_call(call) for call in message.tool_calls]
+    return written if message.call_id is None else {**written, "tool_call_id": message.call_id}
+
+
+def _written_call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+    written = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return written if call.id is None else {"id": call.id, **written}
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:
@@ -47,9 +71,27 @@ def _message(where: str, given: Any) -> Message:
     if role not in ROLES:
         raise DataError(f"{where}: role is {role!r}; allowed are {', '.join(ROLES)}")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    calls = given.get("tool_calls") or []
+    parts = [] if parts is None and calls else parts
     if not isinstance(parts, list):
         raise DataError(f"{where}: content is neither a text nor a list of parts")
-    return Message(role, tuple(_part(f"{where}.content[{n}]", part) for n, part in enumerate(parts)))
+    read = tuple(_part(f"{where}.content[{n}]", part) for n, part in enumerate(parts))
+    if not isinstance(calls, list) or (calls and role != "assistant"):
+        raise DataError(f"{where}: tool_calls are a list, in a message of the assistant")
+    made = tuple(_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls))
+    call_id = given.get("tool_call_id")
+    return Message(role, read, made, call_id=str(call_id) if call_id is not None else None)
+
+
+def _call(where: str, given: Any) -> ToolCall:
+    try:
+        function = given["function"]
+        name, arguments, call_id = function["name"], json.loads(function["arguments"]), given.get("id")
+    except (TypeError, KeyError, ValueError, AttributeError):
+        name, arguments, call_id = None, None, None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise DataError(f"{where}: allowed is {{'function': {{'name': ..., 'arguments': '{{...}}'}}}}")
+    return ToolCall(name, arguments, None if call_id is None else str(call_id))
 
 
 def _part(where: str, part: Any) -> Text | Image:

@@ -8,7 +8,7 @@ import warnings
 
 import click
 
-from mmft.cli import convert, convert_xtuner, data, data_files, machine, runs, talk
+from mmft.cli import convert, convert_gguf, convert_push, convert_xtuner, data, data_files, machine, runs, serve, talk
 from mmft.cli.shared import loaded_plugins
 
 
@@ -95,9 +95,9 @@ def cli(plugin: tuple[str, ...]) -> None:
     """
 
 
-for _command in (*runs.COMMANDS, data.data, *talk.COMMANDS, *machine.COMMANDS, convert.convert):
+for _command in (*runs.COMMANDS, data.data, *talk.COMMANDS, *serve.COMMANDS, *machine.COMMANDS, convert.convert):
     cli.add_command(_command)
-for _command in convert_xtuner.COMMANDS:
+for _command in (*convert_xtuner.COMMANDS, *convert_push.COMMANDS, *convert_gguf.COMMANDS):
     convert.convert.add_command(_command)
 for _command in data_files.COMMANDS:
     data.data.add_command(_command)

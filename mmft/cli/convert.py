@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mmft.cli import convert_import
 from mmft.cli.shared import loaded_plugins
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def merge(
 
     options = {"dtype": dtype, "device": _device(device), "max_shard_size": max_shard_size, "overwrite": overwrite}
     if len(paths) == 3:
-        _say(adapters.merge_adapter(paths[0], Path(paths[1]), Path(paths[2]), is_clip=is_clip, **options), paths[2])
+        say(adapters.merge_adapter(paths[0], Path(paths[1]), Path(paths[2]), is_clip=is_clip, **options), paths[2])
         return
     if len(paths) != 2 or is_clip:
         raise click.UsageError("give MODEL OUT, or LLM ADAPTER OUT (--is-clip belongs to the latter)")
-    _say(merging.merge(find_model(paths[0]), Path(paths[1]), loaded_plugins(), llm=llm, **options), paths[1])
+    say(merging.merge(find_model(paths[0]), Path(paths[1]), loaded_plugins(), llm=llm, **options), paths[1])
 
 
 @convert.command()
@@ -69,18 +70,35 @@ def merge(
 def hf(
     model: str, out: Path, dtype: str | None, device: str, max_shard_size: str, llm: str | None, overwrite: bool
 ) -> None:
-    """Write transformers' own classes: LLaVA with its processor, or a plain causal LM.
+    """Write transformers' own classes: LLaVA or InternVL with a processor, or a plain causal LM.
 
-    MODEL is a run, a checkpoint or a model folder.
+    MODEL is a run, a checkpoint or a model folder. For a projector that no class has a place for, a small module is
+    written beside the weights; such a folder opens with trust_remote_code=True.
     """
-    from mmft.convert.hf_llava import export
+    from mmft.convert.hf.llava import export
     from mmft.inference import find_model
 
     report = export(
         find_model(model), out, loaded_plugins(), dtype=dtype, device=_device(device), max_shard_size=max_shard_size,
         llm=llm, overwrite=overwrite,
     )  # fmt: skip
-    _say(report, out)
+    say(report, out)
+
+
+@convert.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True))
+@click.argument("model")
+@DEVICE
+@LLM_PATH
+def verify(out: Path, model: str, device: str, llm: str | None) -> None:
+    """Compare a converted model OUT with the MODEL it came from, where that was not done yet or is to be done again.
+
+    MODEL is a run, a checkpoint or a model folder. The numbers are written to OUT/parity.json.
+    """
+    from mmft.convert.verify import verify as compare
+    from mmft.inference import find_model
+
+    say(compare(out, find_model(model), loaded_plugins(), device=_device(device), llm=llm), out)
 
 
 @convert.command()
@@ -102,11 +120,23 @@ def _device(name: str):  # type: ignore[no-untyped-def]  # torch is not imported
     return choose_device(name)
 
 
-def _say(report: "Report", out: str | Path) -> None:
+def say(report: "Report", out: str | Path) -> None:
+    """Tell what was proved, what could not be asked, and what a person must know to open the result."""
     from mmft.convert.parity import summary
 
+    if not report.verified:
+        click.echo(f"{out}: not verified: {report.note}; to verify it: {report.command}")
+        return
     numbers = summary(report)
     click.echo(
         f"{out}: verified in {report.dtype}: {numbers['probes']} probes, {numbers['same_answer']} with the same greedy "
         f"answer, logits differ by at most {numbers['relative']:.1e} of their size ({report.tolerance:g} is allowed)"
     )
+    for probe, reason in report.left_out.items():
+        click.echo(f"not asked: {probe}: {reason}")
+    if report.note:
+        click.echo(report.note)
+
+
+for _command in convert_import.COMMANDS:
+    convert.add_command(_command)

@@ -1,4 +1,4 @@
-"""Commands for those who come from XTuner or LLaVA: `mmft convert xtuner-config` and `mmft convert import`."""
+"""The command for those who come from XTuner with a config: `mmft convert xtuner-config`."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def xtuner_config(old: Path, new: Path | None, overwrite: bool) -> int:
     """
     from mmft.config.check import find_problems
     from mmft.config.load import load_config
-    from mmft.convert.xtuner_config import translate
+    from mmft.convert.xtuner.config import translate
     from mmft.errors import ConfigError, Problem
 
     target = new or Path(f"{old.stem}_mmft.py")
@@ -49,28 +49,4 @@ def xtuner_config(old: Path, new: Path | None, overwrite: bool) -> int:
     return 1 if report.edits else 0
 
 
-@click.command("import")
-@click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--for", "config", metavar="CONFIG", help="Hold it against the models of this config; OUT opens in chat.")
-@click.option("--set", "settings", multiple=True, metavar="A.B.C=VALUE", help="Change one value of CONFIG.")
-@click.option("--ignore-names", is_flag=True, help="SOURCE names other models, which are the same.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
-def import_weights(
-    source: Path, out: Path, config: str | None, settings: tuple[str, ...], ignore_names: bool, overwrite: bool
-) -> None:
-    """Bring a projector and adapters that LLaVA, XTuner or TinyLLaVA trained into the folder OUT.
-
-    SOURCE is an mm_projector.bin, a LLaVA LoRA run (non_lora_trainables.bin and its adapter), a folder of XTuner's
-    pth_to_hf (projector/, llm_adapter/, visual_encoder_adapter/), one of XTuner's .pth, or a TinyLLaVA run.
-    """
-    from mmft.cli.shared import loaded_config
-    from mmft.convert.importers import bring
-
-    plugins = loaded_plugins()
-    loaded = loaded_config(config, settings, plugins) if config else None
-    for line in bring(source, out, config=loaded, plugins=plugins, ignore_names=ignore_names, overwrite=overwrite):
-        click.echo(line)
-
-
-COMMANDS = (xtuner_config, import_weights)
+COMMANDS = (xtuner_config,)

@@ -42,6 +42,30 @@ SAMPLING_OPTIONS = _options(
     click.option("--seed", type=int, help="The same seed gives the same answer."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End an answer here too; may be repeated."),
 )
+TOOL_OPTIONS = _options(
+    click.option("--tools", "--with-plugins", "tools", metavar="NAMES", help="Tools the model may call: a,b or all."),
+)
+
+
+class _ListsPlugins(click.Command):
+    """A command that also takes XTuner's `--with-plugins calculate solve`, with spaces between the names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Join the names to one value."""
+        if "--with-plugins" in args:
+            first = args.index("--with-plugins") + 1
+            last = next((n for n in range(first, len(args)) if args[n].startswith("-")), len(args))
+            args = [*args[:first], *([",".join(args[first:last])] if last > first else []), *args[last:]]
+        return super().parse_args(ctx, args)
+
+
+def _tools(options: dict[str, Any]) -> list[str]:
+    """The names of `--tools`, taken out of the options and checked before a model is loaded."""
+    from mmft.chat.tools import choose, tool_names
+
+    names = tool_names(options.pop("tools") or "")
+    choose(names, loaded_plugins())
+    return names
 
 
 def _assistant(options: dict[str, Any]) -> "Assistant":
@@ -70,7 +94,7 @@ def _system(system: str | None, name: str | None) -> str | None:
     return loaded_plugins().system_texts.get(name).text if name else system
 
 
-@click.command()
+@click.command(cls=_ListsPlugins)
 @MODEL
 @click.option("--image", "images", multiple=True, type=FILE, help="A picture; may be repeated.")
 @click.option("-m", "--message", help="Ask this, print the answer, and end; - reads the question from stdin.")
@@ -79,6 +103,7 @@ def _system(system: str | None, name: str | None) -> str | None:
 @click.option("--multiline", is_flag=True, help="A question ends with an empty line instead of Enter.")
 @click.option("--json", "as_json", is_flag=True, help="Each answer as a line of JSON, with its numbers of tokens.")
 @click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and answer, below the model's own limit.")
+@TOOL_OPTIONS
 @MODEL_OPTIONS
 @SAMPLING_OPTIONS
 def chat(system: str | None, system_template: str | None, **options: Any) -> int:
@@ -89,21 +114,49 @@ def chat(system: str | None, system_template: str | None, **options: Any) -> int
     """
     from mmft.chat.terminal import run_terminal
 
-    generation, text = _generation(options), _system(system, system_template)
-    return run_terminal(_assistant(options), generation, system=text, **options)
+    generation, text, tools = _generation(options), _system(system, system_template), _tools(options)
+    return run_terminal(_assistant(options), generation, system=text, tools=tools, plugins=loaded_plugins(), **options)
 
 
-@click.command()
+@click.command(cls=_ListsPlugins)
 @MODEL
+@click.option("--compare", metavar="MODEL", help="A second model, which answers every question beside the first.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=7860, show_default=True)
 @click.option("--share", is_flag=True, help="Also through a public gradio address.")
+@click.option("--auth", multiple=True, envvar="MMFT_WEB_AUTH", metavar="USER:PASSWORD", help="May be repeated.")
+@click.option("--max-upload", type=click.IntRange(1, 50), default=20, show_default=True, help="MB, of each picture.")
+@click.option("--max-waiting", type=click.IntRange(1), default=64, show_default=True, help="Questions in the queue.")
+@click.option("--lang", "language", type=click.Choice(["auto", "en", "zh"]), default="auto", show_default=True)
+@click.option("--examples", type=FILE, metavar="FOLDER", help="Pictures to try, offered on the page.")
+@click.option("--system", help="System text; the page can change it.")
+@click.option("--system-template", help="System text by name; mmft plugins lists them.")
+@click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and answer, below the model's own limit.")
+@TOOL_OPTIONS
 @MODEL_OPTIONS
-def web(**options: Any) -> None:
-    """Open a chat page with pictures on this machine."""
-    from mmft.chat.web import serve
+@SAMPLING_OPTIONS
+def web(compare: str | None, system: str | None, system_template: str | None, **options: Any) -> None:
+    """Open a chat page with pictures on this machine.
 
-    serve(_assistant(options), **options)
+    The sampling options are what the page begins with. Passwords are best given in MMFT_WEB_AUTH (several with spaces
+    between), where a list of processes does not show them. --device, --dtype and --bits hold for both models.
+    """
+    from mmft.chat.loading import ModelChoice
+    from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures
+    from mmft.chat.web.server import check, load_seats, serve
+
+    def taken(kind: Any, *others: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in (*kind.__dataclass_fields__, *others) if name in options}
+
+    server = ServeOptions(**taken(ServeOptions))
+    check(server)
+    generation, text, pictures = _generation(options), _system(system, system_template), options.pop("examples")
+    page = PageOptions(generation=generation, system=text, examples=example_pictures(pictures), **taken(PageOptions))
+    tools = _tools(options)
+    seats = load_seats(ModelChoice(**taken(ModelChoice)), compare, tools, loaded_plugins())
+    for seat in seats:
+        click.echo(f"model: {seat.name}", err=True)
+    serve(seats, page, server)
 
 
 @click.command("eval")

@@ -77,12 +77,16 @@ def _llm_problems(llm: LLM) -> Iterator[Problem]:
             )
     if llm.trainable and llm.lora:
         yield Problem("model.llm.trainable", "the whole model and a LoRA adapter cannot both train", "drop one of them")
-    if llm.adapter and not llm.lora:
-        yield Problem("model.llm.adapter", "an adapter to start from needs model.llm.lora", "give its r and alpha")
-    if llm.adapter and not (llm.adapter / "adapter_config.json").is_file():
-        yield Problem("model.llm.adapter", f"{llm.adapter} has no adapter_config.json", "give a PEFT adapter folder")
+    yield from _adapter_problems("model.llm", llm)
     if llm.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         yield Problem("model.llm.attention", "flash_attention_2 needs flash-attn", "pip install flash-attn")
+
+
+def _adapter_problems(where: str, part: LLM | Vision) -> Iterator[Problem]:
+    if part.adapter and not part.lora:
+        yield Problem(f"{where}.adapter", f"an adapter to start from needs {where}.lora", "give its r and alpha")
+    if part.adapter and not (part.adapter / "adapter_config.json").is_file():
+        yield Problem(f"{where}.adapter", f"{part.adapter} has no adapter_config.json", "give a PEFT adapter folder")
 
 
 def model_path_problems(where: str, path: str) -> Iterator[Problem]:
@@ -117,6 +121,7 @@ def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> I
         )
     if vision.trainable and vision.lora:
         yield Problem("model.vision.trainable", "the whole encoder and a LoRA adapter cannot both train", "drop one")
+    yield from _adapter_problems("model.vision", vision)
     if vision.feature_cache and (vision.trainable or vision.lora):
         yield Problem("model.vision.feature_cache", "features of an encoder that trains cannot be cached", "drop one")
 

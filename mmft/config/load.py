@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mmft import __version__
-from mmft.config.foreign import refuse_xtuner_config
+from mmft.config.foreign import refuse_xtuner_config, xtuner_name_hint
 from mmft.config.schema import TrainConfig, Use
 from mmft.errors import AmbiguousName, ConfigError, Problem, UnknownName, did_you_mean
 from mmft.plugins import Plugins
@@ -56,7 +56,8 @@ def find_config(reference: str, plugins: Plugins) -> Path:
         choices = ", ".join(f"{c.plugin}/{c.name}" for c in found)
         raise AmbiguousName(f"config {short!r} is offered by {len(found)} plugins; write one of: {choices}")
     if not found:
-        hint = did_you_mean(short, (c.name for c in library))
+        names = [c.name for c in library]
+        hint = xtuner_name_hint(short, names) or did_you_mean(short, names)
         raise UnknownName(f"no config file or shipped config named {reference!r}{hint}; see: mmft list-cfg")
     return found[0].path
 

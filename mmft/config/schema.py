@@ -114,6 +114,7 @@ class Vision(Part):
     projector_weights: Path | None = None  # a projector.safetensors, or a model folder that has one
     projector_trainable: bool = True
     lora: Lora | None = None
+    adapter: Path | None = None  # start from this PEFT adapter (an earlier run's `vision_adapter` folder)
     trainable: bool = False
     feature_cache: Path | None = None  # keep the frozen encoder's features in this folder
 

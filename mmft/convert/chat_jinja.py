@@ -14,7 +14,7 @@ from mmft.convert.grammar import NUMBER, Grammar, ToolGrammar, read_grammar
 from mmft.data.proof import CLOCK, DATE
 from mmft.data.proof_cases import CASES, Case, as_messages
 from mmft.data.tokenize import IMAGE_TOKEN, Tokenizer, tokenize
-from mmft.errors import DataError, ModelError
+from mmft.errors import ConfigError, DataError, ModelError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Image, Message, Text
 
@@ -62,17 +62,23 @@ class Proved:
 
 
 def jinja_of(template: ChatTemplate, tokenizer: Tokenizer) -> Proved:
-    """The jinja of a bound template for its tokenizer.
+    """The jinja of a bound template for its tokenizer; one that writes tools where the template does, if there is any.
 
     Raises `ModelError` with the first difference where no candidate gives the template's ids.
     """
-    refusals = []
+    refusals, without_tools = [], None
     for origin, jinja in _candidates(template, tokenizer):
         cases, difference = prove(jinja, template, tokenizer)
-        if difference is None:
-            tools = template.supports_tools and any("tool" in case for case in cases)
-            return Proved(jinja, origin, tuple(cases), tools)
-        refusals.append(f"{origin}: {difference}")
+        if difference is not None:
+            refusals.append(f"{origin}: {difference}")
+            continue
+        tools = template.supports_tools and any("tool" in case for case in cases)
+        found = Proved(jinja, origin, tuple(cases), tools)
+        if tools or not template.supports_tools:
+            return found
+        without_tools = without_tools or found
+    if without_tools:
+        return without_tools
     raise ModelError(
         f"chat template {template.name!r}: no jinja template gives its token ids: "
         f"{'; '.join(refusals) or 'none is known'}; give the tokenizer a chat_template of its own and train with 'auto'"
@@ -105,7 +111,7 @@ def prove(jinja: str, template: ChatTemplate, tokenizer: Tokenizer) -> tuple[lis
         for prompt, messages in _prompts(case):
             try:
                 ours = tokenize(template.render(prompt, generation_prompt=True), tokenizer).input_ids.tolist()
-            except DataError:
+            except (DataError, ConfigError):
                 continue
             try:
                 theirs = _theirs(jinja, messages, prompt, tokenizer)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmft.errors import DataError
+from mmft.errors import ConfigError, DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Message, Role, Text, ToolCall
 
@@ -97,7 +97,7 @@ def text_of(template: ChatTemplate, messages: Sequence[Message], *, prompt: bool
     """What a template writes for text messages. Raises `NoGrammar` where it refuses them."""
     try:
         segments = template.render(Conversation(tuple(messages), tuple(tools)), generation_prompt=prompt)
-    except DataError as error:
+    except (DataError, ConfigError) as error:  # a base model's template takes one question alone
         raise NoGrammar(str(error)) from error
     return "".join(segment.content for segment in segments if isinstance(segment.content, str))
 

@@ -4,7 +4,6 @@ The language model is merged layer by layer and written shard by shard, so memor
 shard. A model that was trained in 4 or 8 bit is merged onto its dequantised weights, in `dtype`.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from safetensors.torch import save_file
 from mmft.convert.chat_jinja import Proved, jinja_of
 from mmft.convert.parity import Report, ask_source, compare, free, probes, proved, settle, tolerance_for
 from mmft.convert.parts import Parts, load_parts
-from mmft.convert.results import OurResult, TransformersResult
+from mmft.convert.results import OurResult, TransformersResult, load_trained
 from mmft.errors import ModelError
-from mmft.inference import PRECISIONS, load_assistant
+from mmft.inference import PRECISIONS
 from mmft.modeling.build import LLM_FOLDER, PROJECTOR, VISION_WEIGHTS
-from mmft.modeling.checkpoint import MANIFEST, read_manifest
+from mmft.modeling.checkpoint import MANIFEST, file_hashes, read_manifest
 from mmft.plugins import Plugins
 from mmft.types import Conversation
 
@@ -47,7 +46,7 @@ def merge(
     manifest = read_manifest(folder)
     precision = dtype or manifest.precision
     with proved(out, overwrite=overwrite) as temporary, probes(pictures=manifest.model.vision is not None) as asked:
-        source = load_assistant(folder, plugins, device=device, precision=precision, llm=llm)
+        source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
         answers = ask_source(OurResult(source), asked)
         del source
         free()
@@ -55,7 +54,7 @@ def merge(
         _write(temporary, folder, parts, max_shard_size)
         del parts
         free()
-        result = load_assistant(temporary, plugins, device=device)
+        result = load_trained(temporary, plugins, device=device, precision=precision)
         quantization = manifest.model.llm.quantization
         tolerance = tolerance_for(PRECISIONS[precision], quantization)
         report = compare(
@@ -147,15 +146,10 @@ def write_merged_manifest(temporary: Path, folder: Path, parts: Parts) -> None:
     vision = parts.model.vision
     if vision is not None:
         vision = vision.model_copy(
-            update={"lora": None, "trainable": False, "projector_weights": None, "feature_cache": None}
+            update={"lora": None, "adapter": None, "trainable": False, "projector_weights": None, "feature_cache": None}
         )
     model = parts.model.model_copy(update={"llm": llm, "vision": vision})
-    files = {str(path.relative_to(temporary)): _sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
-    content |= {"model": model.model_dump(mode="json"), "precision": NAMES[parts.dtype], "files": files}
+    content |= {"model": model.model_dump(mode="json"), "precision": NAMES[parts.dtype]}
+    content |= {"files": file_hashes(temporary)}
     content["merged"] = {"quantization": parts.manifest.model.llm.quantization}
     (temporary / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

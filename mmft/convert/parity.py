@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -20,17 +20,19 @@ from torch import Tensor
 
 from mmft import __version__
 from mmft.data.tokenize import Tokenizer
-from mmft.errors import CheckpointError, DataError, MmftError
+from mmft.errors import CheckpointError, ConfigError, DataError, MmftError, ModelError
 from mmft.inference import user_message
 from mmft.modeling.checkpoint import publish
 from mmft.types import Conversation, Message, Text
 
 PARITY = "parity.json"
 MAX_NEW_TOKENS = 12
-# Root mean square of the logits' difference over that of the logits themselves (less their mean). Measured on tiny
-# random models of six families with merged adapters, which is harder than trained ones: fp32 1.7e-6, bf16 3.3e-2 (the
-# rounding of the merged weights), LLM.int8() 3.6e-2. A lost adapter, a wrong layer, a shifted patch: 0.1 and more.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Root mean square of the logits' difference over that of the logits themselves (less their mean). In float32 measured
+# on tiny random models of six families: 2.4e-6. In bfloat16 the arithmetic alone moves a trained model of 30 layers by
+# up to 0.107 (the demo, asked in float32 and in bfloat16; merged or not: 0.071); float16 has eight times finer steps.
+# What must fail, on the demo: no adapter 0.5 to 2.5, the encoder's layer before 0.46 to 0.68, an adapter at 0.9 of its
+# size 0.09 to 0.35. A single matrix without its adapter, 0.03 to 0.1, shows in float32 alone.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
 INT8_TOLERANCE = 0.15  # LLM.int8() rounds the activations too, which no plain model does
 
 PROBES: tuple[tuple[str, int, tuple[str, ...]], ...] = (  # name, pictures before the first question, turns
@@ -63,6 +65,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A probe that was not asked, because the source's chat template has no form for it."""
+
+    name: str
+    conversation: Conversation
+    reason: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One probe, compared. `relative` is the measure of `TOLERANCE`; `flips` are other choices, no near-ties."""
 
@@ -78,13 +89,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """All probes of a conversion; `verified` means that every one is within the tolerance."""
+    """All probes of a conversion; `verified` means that every one is within the tolerance.
+
+    `left_out` says of each probe that was not asked why; `note` is what a person must know to open the result, or why
+    it was not verified, and `command` is how to do that then.
+    """
 
     verified: bool
     dtype: str
     tolerance: float
     outcomes: tuple[Outcome, ...]
     refusal: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    command: str = ""
 
 
 class Result(Protocol):
@@ -136,33 +154,49 @@ def _draw(folder: Path, name: str, number: int) -> Path:
     return path
 
 
-def ask_source(source: Result, asked: Sequence[tuple[str, Conversation]]) -> list[Answer]:
-    """The source's answers. Probes that its template has no form for are left out."""
-    answers = []
+def ask_source(source: Result, asked: Sequence[tuple[str, Conversation]]) -> list[Answer | LeftOut]:
+    """The source's answers. Probes that its template has no form for are left out, and say why.
+
+    Raises `ModelError` where that leaves no probe, or a model that sees without a picture: nothing would be proved.
+    """
+    answers: list[Answer | LeftOut] = []
     for name, conversation in asked:
         try:
             prompt, pixels = source.inputs(conversation)
-        except DataError:
+        except (DataError, ConfigError) as error:
+            answers.append(LeftOut(name, conversation, str(error).splitlines()[0]))
             continue
-        if prompt:
-            tokens = source.greedy(conversation, MAX_NEW_TOKENS)
-            logits = source.logits(conversation, tokens)
-            answers.append(Answer(name, conversation, prompt, pixels, tokens, logits))
+        if not prompt:
+            answers.append(LeftOut(name, conversation, "the chat template writes nothing"))
+            continue
+        tokens = source.greedy(conversation, MAX_NEW_TOKENS)
+        logits = source.logits(conversation, tokens)
+        answers.append(Answer(name, conversation, prompt, pixels, tokens, logits))
+    for kind, of_kind in (("", answers), (" with a picture", [one for one in answers if one.conversation.images])):
+        reasons = [one.reason for one in of_kind if isinstance(one, LeftOut)]
+        if reasons and len(reasons) == len(of_kind):
+            raise ModelError(
+                f"no probe{kind} could be asked, so nothing would be proved: {reasons[0]}; train with a chat template "
+                "that takes questions and pictures"
+            )
     return answers
 
 
 def compare(
-    answers: Sequence[Answer], result: Result, tokenizer: Tokenizer, *, dtype: torch.dtype, tolerance: float
+    answers: Sequence[Answer | LeftOut], result: Result, tokenizer: Tokenizer, *, dtype: torch.dtype, tolerance: float
 ) -> Report:
     """Ask the result what the source was asked. Raises nothing for a difference: the report says it."""
     outcomes, refusal = [], ""
+    left_out = {one.name: one.reason for one in answers if isinstance(one, LeftOut)}
     for answer in answers:
+        if isinstance(answer, LeftOut):
+            continue
         outcome = _compare_one(answer, result, tokenizer, tolerance)
         outcomes.append(outcome)
         refusal = refusal or _refusal(outcome, tolerance)
     if not outcomes:
         refusal = "no probe could be asked: the chat template takes none of them"
-    return Report(not refusal, str(dtype).removeprefix("torch."), tolerance, tuple(outcomes), refusal)
+    return Report(not refusal, str(dtype).removeprefix("torch."), tolerance, tuple(outcomes), refusal, left_out)
 
 
 def _compare_one(answer: Answer, result: Result, tokenizer: Tokenizer, tolerance: float) -> Outcome:
@@ -187,7 +221,7 @@ def _compare_one(answer: Answer, result: Result, tokenizer: Tokenizer, tolerance
         pixel_difference=pixel_difference,
         max_difference=float(difference.max()),
         relative=float(difference.square().mean().sqrt()) / max(size, 1e-12),
-        flips=int((lead > 4 * tolerance * size).sum()),
+        flips=int((lead > 2 * tolerance * size).sum()),
         same_answer=result.greedy(answer.conversation, MAX_NEW_TOKENS) == answer.tokens,
         answer=text,
     )
@@ -231,15 +265,30 @@ def proved(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def settle(report: Report, folder: Path, out: Path) -> None:
     """Write the numbers into the folder. Raises `ParityError` where they are beyond the tolerance."""
-    import transformers
-
-    content = {"mmft": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    (folder / PARITY).write_text(json.dumps(content | asdict(report), indent=2, ensure_ascii=False), "utf-8")
+    write_report(report, folder)
     if not report.verified:
         raise ParityError(
             f"{out}: the result does not give what the model gives: {report.refusal}; it was not written. "
             f"What was made, and the numbers, are in {folder / PARITY}"
         )
+
+
+def unverified(folder: Path, out: Path, reason: str, command: str) -> Report:
+    """Say in the folder that becomes `out` that nothing was compared, why, and with which command to do it.
+
+    For results whose back end is not installed here. `{out}` in the command is put in.
+    """
+    report = Report(False, "", 0.0, (), note=reason, command=command.format(out=out))
+    write_report(report, folder)
+    return report
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """`parity.json`: the report, and the versions it was made with."""
+    import transformers
+
+    content = {"mmft": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    (folder / PARITY).write_text(json.dumps(content | asdict(report), indent=2, ensure_ascii=False), "utf-8")
 
 
 def free() -> None:

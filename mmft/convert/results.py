@@ -1,30 +1,42 @@
 """Models that the parity gate asks: a folder as transformers opens it, without mmft, and a folder as mmft opens it."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmft.convert.hf.classes import REMOTE_CODE, remote_code
 from mmft.convert.parts import stop_ids
 from mmft.data.proof_cases import as_messages
+from mmft.data.records import bound_template, is_unbound
+from mmft.data.shape import describe_model
 from mmft.images import open_image
-from mmft.inference import Assistant
+from mmft.inference import Assistant, load_assistant
 from mmft.modeling.attention import for_generation
+from mmft.modeling.checkpoint import read_manifest
+from mmft.plugins import Plugins
 from mmft.types import Conversation, Image
 
 
 class TransformersResult:
-    """The model of a folder through transformers' auto classes."""
+    """The model of a folder through transformers' auto classes.
+
+    Code in the folder is run where it is, byte for byte, what `mmft convert hf` writes, and never otherwise.
+    """
 
     def __init__(self, folder: Path, *, sees: bool, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
         model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        self.model = model_class.from_pretrained(folder, dtype=dtype).to(device).eval()
+        trusted = is_our_code(folder)
+        self.model = model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted).to(device).eval()
         # the backend that has the pixels of training to the bit; torchvision's resizes with other rounding
-        self.processor = AutoProcessor.from_pretrained(folder, backend="pil") if sees else None
+        options = {"trust_remote_code": trusted}
+        self.processor = AutoProcessor.from_pretrained(folder, backend="pil", **options) if sees else None
         self.tokenizer = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(folder)
 
     def inputs(self, conversation: Conversation) -> tuple[list[int], Tensor | None]:
@@ -33,13 +45,15 @@ class TransformersResult:
         return found["input_ids"][0].tolist(), found.get("pixel_values")
 
     def _inputs(self, conversation: Conversation) -> dict[str, Any]:
+        asked = self.processor or self.tokenizer
+        if not asked.chat_template:  # a base model goes on from a text
+            return dict(self.tokenizer(conversation.messages[0].text, return_tensors="pt"))
         messages = as_messages(conversation, parts=bool(conversation.images))
         sources = iter(conversation.images)
         for message, original in zip(messages, conversation.messages, strict=True):
             for part, was in zip(message["content"] if conversation.images else (), original.parts, strict=False):
                 if isinstance(was, Image):
                     part["path"] = str(next(sources).source)
-        asked = self.processor or self.tokenizer
         options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
         found: dict[str, Any] = dict(asked.apply_chat_template(messages, **options))
         return found
@@ -64,6 +78,33 @@ class TransformersResult:
         generated = self.model.generate(**found, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
         tokens: list[int] = generated[0, found["input_ids"].shape[1] :].tolist()
         return tokens
+
+
+def is_our_code(folder: Path) -> bool:
+    """Whether all the code that the configs of a folder name is what `mmft convert hf` writes."""
+    configs = [json.loads(path.read_text("utf-8")) for path in folder.glob("*config.json")]
+    named = {name for config in configs for name in config.get("auto_map", {}).values()}
+    code, module = folder / REMOTE_CODE, REMOTE_CODE.removesuffix(".py")
+    ours = all(isinstance(name, str) and name.rpartition(".")[0] == module for name in named)
+    return bool(named) and ours and code.is_file() and code.read_bytes() == remote_code()
+
+
+def load_trained(
+    folder: Path, plugins: Plugins, *, device: torch.device, precision: str, llm: str | None = None
+) -> Assistant:
+    """The trained model as `mmft chat` has it; a base model without a chat template goes on from a question.
+
+    Raises as `load_assistant`.
+    """
+    manifest = read_manifest(folder)
+    model = manifest.model
+    if llm is not None:
+        model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": llm})})
+    tokenizer = describe_model(model, plugins, folder).tokenizer
+    template = bound_template(manifest.chat_template, plugins, tokenizer)
+    other = next(one.name for one in plugins.chat_templates if one.bind is None) if is_unbound(template) else None
+    source = load_assistant(folder, plugins, device=device, precision=precision, llm=llm, chat_template=other)
+    return replace(source, template=template) if other else source
 
 
 class OurResult:

@@ -19,6 +19,7 @@ from mmft.modeling import attention
 from mmft.modeling.llava import LlavaModel
 from mmft.modeling.llm import base_token_ids, load_llm, quantized_layers
 from mmft.modeling.lora import add_lora, is_adapted
+from mmft.modeling.tensors import misfits, refuse_misfits
 from mmft.plugins import Plugins
 from mmft.specs import VisionInfo
 
@@ -93,7 +94,7 @@ def _build_vision(
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name not in unused)
     if vision.lora:
-        start = _folder_in(weights, VISION_ADAPTER) if weights else None
+        start = _folder_in(weights, VISION_ADAPTER) if weights else vision.adapter
         left_out = sorted({name.rpartition(".")[0] for name in unused})
         encoder = add_lora(encoder, vision.lora, weights=start, left_out=left_out)
     projector = plugins.projectors.get(vision.projector.name).build(info.hidden_size, width, **vision.projector.options)
@@ -150,16 +151,7 @@ def load_exactly(module: nn.Module, path: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [
-        f"{name} is {list(state[name].shape)}, here {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    if missing or unexpected or wrong:
-        found = [*(f"missing {n}" for n in missing), *(f"unexpected {n}" for n in unexpected), *wrong]
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(found[:4])}")
+    refuse_misfits(misfits(module.state_dict(), state), f"{path} does not fit this model")
     module.load_state_dict(state)
 
 

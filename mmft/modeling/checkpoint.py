@@ -21,6 +21,7 @@ from torch import Tensor
 from mmft import __version__
 from mmft.config import Model, TrainConfig
 from mmft.errors import CheckpointError
+from mmft.hub import seen_from
 from mmft.modeling.build import (
     ADAPTER,
     LLM_FOLDER,
@@ -107,6 +108,7 @@ def save_parts(
         built.llm.save_pretrained(folder / ADAPTER, state_dict=state["llm"])
     elif _trains(built.llm):
         built.llm.save_pretrained(folder / LLM_FOLDER, state_dict=state["llm"])
+        hf_tokenizer.save_pretrained(folder / LLM_FOLDER)  # a plain model that any program opens
     if built.projector is not None:
         save_file(state["projector"], folder / PROJECTOR)
     vision: Any = built.vision
@@ -124,7 +126,6 @@ def _trains(part: torch.nn.Module) -> bool:
 
 def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precision: str) -> None:
     """Write `mmft.json` over everything that is in the folder."""
-    files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {
         "format": FORMAT,
         "mmft": __version__,
@@ -133,7 +134,7 @@ def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precisio
         "precision": precision,
         "config": decides_weights(config),
         "plugins": used_plugins(config, plugins),
-        "files": files,
+        "files": file_hashes(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), "utf-8")
 
@@ -160,7 +161,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     try:
         content = json.loads(path.read_text("utf-8"))
         manifest = Manifest(
-            Model.model_validate(content["model"]),
+            seen_from(Model.model_validate(content["model"]), folder),
             content["chat_template"],
             content["precision"],
             content.get("config", {}),  # models of before 0.1 can be talked to, not gone on with
@@ -173,7 +174,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         for name, expected in manifest.files.items():
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder}: {name} is missing")
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder}: {name} is damaged (its sha256 is not the one in {MANIFEST})")
     return manifest
 
@@ -182,7 +183,13 @@ def _reason(error: Exception) -> str:
     return "does not exist" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
 
 
-def _sha256(path: Path) -> str:
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

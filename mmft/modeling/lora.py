@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmft.config import Lora
 from mmft.errors import CheckpointError, ModelError
+from mmft.modeling.tensors import misfits, refuse_misfits
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -129,16 +130,7 @@ def _read(part: nn.Module, weights: Path, token_rows: dict[str, list[int]] | Non
 
 def _load(adapted: Adapter, state: dict[str, Tensor], weights: Path) -> None:
     """Every tensor in its place: a missing, unexpected or misshapen one is an error that names it."""
-    own = _state(adapted)
-    wrong = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
-    wrong += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, here {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{weights}: the adapter does not fit: {'; '.join(wrong[:4])}")
+    refuse_misfits(misfits(_state(adapted), state), f"{weights}: the adapter does not fit")
     set_peft_model_state_dict(adapted, state)
 
 

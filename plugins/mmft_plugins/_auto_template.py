@@ -24,6 +24,7 @@ from typing import Any
 from mmft.errors import DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Image, Message, Segment, Text
+from mmft_plugins._auto_calls import reader
 from mmft_plugins._auto_mask import (
     FIRST_SENTINEL,
     OwnFormat,
@@ -88,6 +89,7 @@ def bind_auto(tokenizer: Any) -> ChatTemplate:
     starts = [after for before, after in pairwise([Segment(""), *segments]) if after.loss and not before.loss]
     ends = [str(s.content) for s in segments if s.loss and s.markup and isinstance(s.content, str)]
     end = list(own.added.finditer(ends[-1]))[-1][0]
+    read, marks = reader(own)
     return ChatTemplate(
         name="auto",
         render=partial(render_auto, own, plans),
@@ -95,6 +97,8 @@ def bind_auto(tokenizer: Any) -> ChatTemplate:
         supports_tools=own.tools,
         source="the tokenizer's own chat_template",
         rewrites_history=len(starts) < 2,
+        read_calls=read,
+        call_marks=marks,
     )
 
 

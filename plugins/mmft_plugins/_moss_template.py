@@ -6,7 +6,8 @@ r"""MOSS: everything after a question is the model's to write, so its marks are 
     <|MOSS|>: answer<eom>\n                                    the model, which stops at <eom>
 
 A message that has these marks already, as the data map `moss_sft` gives them, is written as it is, with the marks as
-control tokens; any other answer is put between `<|MOSS|>: ` and `<eom>`. https://github.com/OpenLMLab/MOSS.
+control tokens; any other answer is put between `<|MOSS|>: ` and `<eom>`. Tool calls and results become commands and
+results (`_moss_tools`). https://github.com/OpenLMLab/MOSS.
 """
 
 import re
@@ -17,48 +18,44 @@ from typing import Any
 from mmft.errors import DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Image, Message, Segment, Text
+from mmft_plugins._moss_tools import ASSISTANT, MARKS, TOOL, commands, prepare, read_moss
 from mmft_plugins._turn_templates import warn_of_missing
-from mmft_plugins.templates import refuse_tools
 
-BLOCK = r"(<\|{}\|>:)(.*?)(<{}>)(\n?)"
-THOUGHTS, COMMANDS, ANSWER, RESULTS = (
-    BLOCK.format(*mark)
-    for mark in (("Inner Thoughts", "eot"), ("Commands", "eoc"), ("MOSS", "eom"), ("Results", "eor"))
-)
-ASSISTANT = re.compile(f"(?=.)(?:{THOUGHTS})?(?:{COMMANDS})?(?:{ANSWER})?", re.DOTALL)
 TOKENS = ("<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>")
-TOOL = re.compile(RESULTS, re.DOTALL)
 
 
 def render_moss(conversation: Conversation, /, *, generation_prompt: bool = False) -> list[Segment]:
     """Render MOSS's format; a prompt ends with the line break after a question or after results.
 
-    Raises `DataError` for tool calls and schemas, which MOSS has as text, and for results without MOSS's marks.
+    Raises `DataError` for results of nothing that are not in MOSS's marks.
     """
-    if conversation.tools or any(message.tool_calls for message in conversation.messages):
-        refuse_tools("moss_sft", conversation)
     segments: list[Segment] = []
-    for index, message in enumerate(conversation.messages):
+    for index, message in enumerate(prepare(conversation).messages):
         mark = partial(_written, loss=message.is_trained)
         if message.role == "system":
             end = "" if message.text.endswith("\n") else "\n"
             segments += [*_content(message), *mark(end)]
         elif message.role == "user":
             segments += [*mark("<|Human|>: "), *_content(message), *mark("<eoh>\n")]
-        elif found := None if message.images else _pattern(message).fullmatch(message.text):
+        elif message.tool_calls:
+            thoughts, body = commands(message)
+            segments += [*mark("<|Inner Thoughts|>:"), Segment(thoughts, message.is_trained), *mark("<eot>\n")]
+            segments += [*mark("<|Commands|>:"), Segment(body, message.is_trained), *mark("<eoc>")]
+            segments.append(Segment("\n", markup=True))
+        elif (
+            found := None
+            if message.images
+            else (ASSISTANT if message.role == "assistant" else TOOL).fullmatch(message.text)
+        ):
             segments += _marked(found, message.is_trained)
         elif message.role == "assistant":
             segments += [*mark("<|MOSS|>: "), *_content(message), *mark("<eom>"), Segment("\n", markup=True)]
         else:
             raise DataError(
                 f"chat template 'moss_sft': messages[{index}] of role 'tool' is not MOSS's '<|Results|>: ...<eor>'; "
-                "use the data map 'moss_sft', or a chat template with tools, such as 'chatml'"
+                "and answers no call; use the data map 'moss_sft', or a chat template with tools, such as 'chatml'"
             )
     return segments
-
-
-def _pattern(message: Message) -> re.Pattern[str]:
-    return ASSISTANT if message.role == "assistant" else TOOL
 
 
 def _marked(found: re.Match[str], loss: bool) -> list[Segment]:
@@ -94,6 +91,9 @@ MOSS = ChatTemplate(
     name="moss_sft",
     render=render_moss,
     stop=("<eom>", "<eoc>"),
+    supports_tools=True,
+    read_calls=read_moss,
+    call_marks=MARKS,
     source="https://github.com/OpenLMLab/MOSS/blob/main/README_en.md, the chat with plugins",
     bind=bind_moss,
 )

@@ -16,6 +16,7 @@ from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import ChatTemplate, RenderFn
 from mmft.types import Conversation, Message, Text
+from mmft_plugins._calls import HERMES, LLAMA_MARKS, MISTRAL, Read, read_hermes, read_llama, read_mistral
 from mmft_plugins._families import Family, qwen, render_family
 from mmft_plugins._mistral import render_mistral
 from mmft_plugins._tools import as_json
@@ -23,6 +24,7 @@ from mmft_plugins.templates import stripped
 
 HUB = "https://huggingface.co/{}/blob/main/tokenizer_config.json"
 Prepare = Callable[[Conversation], Conversation]
+Reader = tuple[Callable[[str], Read], tuple[str, ...]]  # of an answer's calls, and where one may begin
 
 QWEN2 = qwen("qwen2", "You are a helpful assistant.", tools=False)
 QWEN2_5 = qwen("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
@@ -229,9 +231,11 @@ def _offer(
     stop: tuple[str, ...] = (),
     rewrites: bool = False,
     with_tools: RenderFn | None = None,
+    reader: Reader | None = None,
 ) -> ChatTemplate:
     """The template of a row; `with_tools` renders it where the row alone does not know the family's tools."""
     by_row = partial(render_family, form, prepare=prepare) if prepare else partial(render_family, form)
+    read, marks = reader or ((read_hermes, (HERMES,)) if form.hermes else (None, ()))
     return ChatTemplate(
         name=form.name,
         render=with_tools or by_row,
@@ -239,11 +243,18 @@ def _offer(
         supports_tools=bool(form.hermes or form.tool or with_tools),
         source=HUB.format(model),
         rewrites_history=rewrites,
+        read_calls=read,
+        call_marks=marks,
     )
 
 
+def _llama(form: Family, model: str) -> ChatTemplate:
+    return _offer(form, model, prepare=partial(prepare_llama, name=form.name), reader=(read_llama, LLAMA_MARKS))
+
+
 def _mistral(form: Family, model: str, space: str = " ") -> ChatTemplate:
-    return _offer(form, model, rewrites=True, with_tools=partial(render_mistral, form, space=space))
+    render = partial(render_mistral, form, space=space)
+    return _offer(form, model, rewrites=True, with_tools=render, reader=(read_mistral, (MISTRAL,)))
 
 
 @hookimpl
@@ -257,8 +268,8 @@ def mmft_chat_templates() -> list[ChatTemplate]:
         _offer(YI, "01-ai/Yi-1.5-9B-Chat"),
         _offer(INTERNLM2_5, "internlm/internlm2_5-7b-chat"),
         _offer(INTERNLM3, "internlm/internlm3-8b-instruct"),
-        _offer(LLAMA3_1, "meta-llama/Llama-3.1-8B-Instruct", prepare=partial(prepare_llama, name="llama3_1")),
-        _offer(LLAMA3_2, "meta-llama/Llama-3.2-3B-Instruct", prepare=partial(prepare_llama, name="llama3_2")),
+        _llama(LLAMA3_1, "meta-llama/Llama-3.1-8B-Instruct"),
+        _llama(LLAMA3_2, "meta-llama/Llama-3.2-3B-Instruct"),
         _offer(MISTRAL_V1, "mistralai/Mistral-7B-Instruct-v0.2"),
         _mistral(MISTRAL_V2, "mistralai/Mistral-7B-Instruct-v0.3"),
         _mistral(MISTRAL_V3, "mistralai/Mistral-7B-Instruct-v0.3"),

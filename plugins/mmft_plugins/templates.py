@@ -14,6 +14,7 @@ from mmft.errors import DataError
 from mmft.specs import ChatTemplate
 from mmft.types import Conversation, Message, Segment, Text
 from mmft_plugins._auto_template import bind_auto, render_unbound
+from mmft_plugins._calls import HERMES, read_hermes
 from mmft_plugins._tools import markup, tool_block, tool_calls, tool_result
 
 # LLaVA's `conv_vicuna_v1`: https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/conversation.py
@@ -186,6 +187,8 @@ CHATML_TEMPLATE = ChatTemplate(
     render=partial(render_turns, CHATML),
     stop=(CHATML.end,),
     supports_tools=True,
+    read_calls=read_hermes,
+    call_marks=(HERMES,),
     source="https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer_config.json, less its default system",
 )
 INTERNLM2_TEMPLATE = ChatTemplate(

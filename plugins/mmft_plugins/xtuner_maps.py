@@ -1,18 +1,19 @@
 """The formats of XTuner's `dataset_map_fn` by their names, those that `text_sft`, `agent`, `llava`, `pretrain` lack.
 
 Columns after https://github.com/InternLM/xtuner/tree/v0.1.23/xtuner/dataset/map_fns/dataset_map_fns; the system texts
-are those of `system_texts`. Every map returns None for a blank answer.
+are those of `system_texts`. Every map returns None for a blank answer. `xtuner` is the form all of them lead to there,
+for data that was brought into it beforehand (`dataset_map_fn=None`).
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DataMap
-from mmft.types import Conversation, RawRecord, Sample
-from mmft_plugins import _turns
-from mmft_plugins._records import shown, text_field
+from mmft.types import Conversation, Document, RawRecord, Sample
+from mmft_plugins import _plain_write, _turns
+from mmft_plugins._records import object_list, shown, text_field
 from mmft_plugins._sharegpt import SHAREGPT_MAPS
 from mmft_plugins.system_texts import TEXTS
 from mmft_plugins.text_sft import instructed
@@ -98,6 +99,43 @@ def stack_exchange(record: RawRecord) -> Conversation | None:
 def tiny_codes(record: RawRecord) -> Conversation | None:
     """`prompt` and `response`, answered by a coder (nampdn-ai/tiny-codes)."""
     return _asked(record, "prompt", "response", system=TEXTS["coder"])
+
+
+def xtuner(record: RawRecord) -> Sample | None:
+    """Turns of `system`, `input`, `output` in a list `conversation`, as docs/en/user_guides/dataset_format.md there.
+
+    One turn without a question is a document, all of it trained. `output_with_loss` false keeps an answer untrained.
+    """
+    pieces = object_list(record, "conversation")
+    if len(pieces) == 1 and not any(_said(pieces, 0, key).strip() for key in ("system", "input")):
+        text = _said(pieces, 0, "output")
+        return Document(text) if text.strip() else None
+    turns = []
+    for number, piece in enumerate(pieces):
+        if system := _said(pieces, number, "system"):
+            turns.append(_turns.message("system", system))
+        trained = piece.get("output_with_loss", True)
+        if not isinstance(trained, bool):
+            raise DataError(f"conversation[{number}]: 'output_with_loss' must be true or false, found {shown(trained)}")
+        turns.append(_turns.message("user", _said(pieces, number, "input")))
+        turns.append(_turns.message("assistant", _said(pieces, number, "output"), loss=None if trained else False))
+    return _turns.conversation(turns)
+
+
+def _said(pieces: Sequence[RawRecord], number: int, key: str) -> str:
+    try:
+        return text_field(pieces[number], key, default=None if key == "output" else "")
+    except DataError as error:
+        raise DataError(f"conversation[{number}]: {error}") from error
+
+
+def write_xtuner(sample: Sample) -> RawRecord:
+    """The way back: question and answer in turn, the system text with the first of them."""
+    if isinstance(sample, Document):
+        return {"conversation": [{"input": "", "output": sample.text}]}
+    system, pairs = _plain_write.split_pairs(_plain_write.turns(sample, "xtuner"), "xtuner")
+    said = [{"input": question.text, "output": answer.text} for question, answer in pairs]
+    return {"conversation": [{"system": system} | said[0] if system else said[0], *said[1:]]}
 
 
 def _asked(record: RawRecord, question: str, answer: str, *, system: str = "") -> Conversation | None:
@@ -203,4 +241,20 @@ def mmft_data_maps() -> Iterable[DataMap]:
         ("prompt", "response"),
         ("Reverse a list in Python.", "items[::-1]"),
         ("Loop ten times in C.", "for (int i = 0; i < 10; i++) {}"),
+    )
+    yield DataMap(
+        name="xtuner",
+        fn=xtuner,
+        summary="XTuner's own form: conversation, a list of system, input, output; without input a document",
+        columns=("conversation[].output",),
+        examples=(
+            {
+                "conversation": [
+                    {"system": "You answer briefly.", "input": "Name a colour.", "output": "Red."},
+                    {"input": "And another one?", "output": "Blue."},
+                ]
+            },
+            {"conversation": [{"input": "", "output": "Bread keeps for a week."}]},
+        ),
+        write=write_xtuner,
     )

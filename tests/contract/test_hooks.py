@@ -19,6 +19,7 @@ SPECS = [
     "projectors",
     "datasets",
     "system_texts",
+    "tools",
 ]
 
 
@@ -27,7 +28,7 @@ def arguments(hook: str) -> str:
 
 
 def test_the_loader_knows_every_hook_that_is_specified() -> None:
-    assert set(HOOKS) == {*CATALOGS, *EVENTS} and len(HOOKS) == 10
+    assert set(HOOKS) == {*CATALOGS, *EVENTS} and len(HOOKS) == 11
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -23,6 +23,7 @@ hookimpl = pluggy.HookimplMarker('mmft')
 @hookspec mmft_projectors() -> Iterable[ProjectorSpec]
 @hookspec mmft_datasets() -> Iterable[DatasetSpec]
 @hookspec mmft_system_texts() -> Iterable[SystemText]
+@hookspec mmft_tools() -> Iterable[Tool]
 @hookspec mmft_config_dirs() -> Iterable[ConfigDir]
 @hookspec mmft_check_config(config: 'TrainConfig', plugins: 'Plugins') -> Iterable[Problem]
 @hookspec mmft_callbacks(config: 'TrainConfig') -> Iterable['TrainerCallback']
@@ -48,6 +49,8 @@ NAME_PATTERN = re.compile('[a-z0-9_]+')
     bind: Callable[[Any], 'ChatTemplate'] | None = None
     compare: bool = True
     rewrites_history: bool = False
+    read_calls: Callable[[str], tuple[str, tuple[ToolCall, ...]]] | None = None
+    call_marks: tuple[str, ...] = ()
     for_tokenizer(self, tokenizer: Any) -> 'ChatTemplate'
 @dataclass(frozen=True, slots=True, kw_only=True) VisionInfo()
     hidden_size: int
@@ -75,6 +78,15 @@ same_number(num_patches: int, **options: Any) -> int
     name: str
     text: str
     source: str = ''
+usable() -> str | None
+@dataclass(frozen=True, slots=True, kw_only=True) Tool()
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    run: Callable[..., str]
+    unavailable: Callable[[], str | None] = usable
+    summary: str = ''
+    @property schema(self) -> dict[str, Any]
 @dataclass(frozen=True, slots=True, kw_only=True) ConfigDir()
     path: Path
 """,
@@ -148,6 +160,7 @@ EXPORTS = [
     "Segment",
     "SystemText",
     "Text",
+    "Tool",
     "ToolCall",
     "VisionEncoderSpec",
     "VisionInfo",
@@ -191,5 +204,5 @@ def test_mmft_exports_exactly_these_names() -> None:
 def test_every_spec_and_sample_type_is_exported() -> None:
     """A plugin needs no import from below `mmft` to write a map or a spec."""
     classes = {re.search(r"(\w+)\(\)$", line) for line in surface("specs") if line.startswith("@dataclass")}
-    assert {found[1] for found in classes if found} - set(EXPORTS) == set() and len(classes) == 8
+    assert {found[1] for found in classes if found} - set(EXPORTS) == set() and len(classes) == 9
     assert {"BadRecord", "Conversation", "Document", "Message", "Text", "Image", "ToolCall", "Segment"} <= set(EXPORTS)

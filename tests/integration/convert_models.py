@@ -48,7 +48,7 @@ def trained(
     *,
     family: str = "llama",
     encoder: str | None = "clip",
-    projector: str = "mlp2x_gelu",
+    projector: str | tuple[str, dict] = "mlp2x_gelu",
     template: str = "chatml",
     precision: str = "fp32",
     llm: dict | None = None,
@@ -62,7 +62,8 @@ def trained(
     see = None
     if encoder:
         options = {"path": str(tiny_vision(root / "encoder", encoder)), "select_layer": -2, **(encoder_options or {})}
-        see = Vision(encoder=use(encoder, **options), projector=use(projector), **(vision or {}))
+        kind, chosen = (projector, {}) if isinstance(projector, str) else projector
+        see = Vision(encoder=use(encoder, **options), projector=use(kind, **chosen), **(vision or {}))
     model = Model(llm=LLM(path=str(path), **({"lora": LORA} if llm is None else llm)), vision=see)
     shape = describe_model(model, plugins)
     torch.manual_seed(1)

@@ -1,6 +1,7 @@
 """`mmft convert hf`: trained models of many families, opened by plain transformers in a process without mmft."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 from convert_models import FAMILIES, LORA, trained
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from mmft.convert.hf_llava import export
+from mmft.convert.hf.llava import export
+from mmft.convert.hf.projector import read_projector
+from mmft.convert.merge import merge
 from mmft.convert.parity import ParityError, ask_source, compare, probes, proved, settle
-from mmft.convert.results import OurResult, TransformersResult
+from mmft.convert.results import OurResult, TransformersResult, is_our_code
+from mmft.convert.verify import verify
 from mmft.errors import CheckpointError, ModelError
-from mmft.inference import load_assistant
+from mmft.inference import load_assistant, user_message
+from mmft.types import Conversation
 
 CPU = torch.device("cpu")
 COMPOSED = [family for family in FAMILIES if family != "gemma2"]
@@ -23,13 +29,17 @@ TOLERANCE = 2e-5
 TEXT, SEEN = "Name a colour.", "What is it?"
 PLAIN = """
 import json, sys
+
+sys.modules["mmft"] = sys.modules["mmft_plugins"] = None  # importing them fails
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-asked, answers, (TEXT, SEEN) = json.loads(sys.argv[1]), {}, sys.argv[3:]
+asked, answers, (TEXT, SEEN, *CODE) = json.loads(sys.argv[1]), {}, sys.argv[3:]
 for name, (folder, picture) in asked.items():
     if picture:
-        model, reader = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        trust = {"trust_remote_code": name in CODE}
+        model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+        reader = AutoProcessor.from_pretrained(folder, **trust)
     else:
         model, reader = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for text in (TEXT, SEEN) if picture else (TEXT,):
@@ -42,9 +52,24 @@ for name, (folder, picture) in asked.items():
             logits = model(**inputs).logits[0, -1]
             tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         answers[name + ": " + text] = inputs["input_ids"][0].tolist(), logits, tokens.tolist()
-assert not [name for name in sys.modules if name.partition(".")[0] in ("mmft", "mmft_plugins")]
 torch.save(answers, sys.argv[2])
 """
+
+
+SHUFFLE = ("pixel_shuffle", {"depth": 1, "norm": True})  # the demo's
+OTHERS = {
+    "llama, one linear layer": {"projector": "linear"},
+    "llama, pixel shuffle after a ViT": {"projector": "pixel_shuffle", "encoder": "vit"},
+    "qwen2, pixel shuffle after DINOv2": {
+        "projector": SHUFFLE, "encoder": "dinov2", "encoder_options": {"image_size": 56}, "family": "qwen2"
+    },
+    "llama, pixel shuffle after CLIP": {"projector": "pixel_shuffle"},
+    "qwen2, three layers after SigLIP": {"projector": "mlp3x_gelu", "encoder": "siglip", "family": "qwen2"},
+}  # fmt: skip
+CLASSES = dict(
+    zip(OTHERS, ["Llava", "InternVL", "InternVL", "MmftLlava", "MmftLlava"], strict=True), **{"phi3 clip": "Llava"}
+)
+CODE = [name for name, kind in CLASSES.items() if kind == "MmftLlava"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +82,15 @@ def families(tmp_path_factory, plugins):
             folder = trained(root, plugins, family=family, encoder=encoder)
             export(folder, root / "out", plugins, device=CPU)
             found[f"{family} {encoder}"] = folder, root / "out", True
+    for name, case in OTHERS.items():
+        root = tmp_path_factory.mktemp("other")
+        folder = trained(root, plugins, **case)
+        export(folder, root / "out", plugins, device=CPU)
+        found[name] = folder, root / "out", True
+    folder, _, _ = found["qwen2 siglip"]
+    merge(folder, folder / "../merged", plugins, device=CPU)
+    export(folder / "../merged", folder / "../merged_out", plugins, device=CPU)
+    found["qwen2 siglip, merged first"] = folder, folder / "../merged_out", True
     root = tmp_path_factory.mktemp("text")
     folder = trained(root, plugins, family="gemma2", encoder=None)
     export(folder, root / "out", plugins, device=CPU)
@@ -73,23 +107,26 @@ def theirs(families, tmp_path_factory, environment):
     asked = {name: (str(out), str(folder / "a.png") if sees else None) for name, (_, out, sees) in families.items()}
     (folder / "plain.py").write_text(PLAIN, "utf-8")
     subprocess.run(
-        [sys.executable, "-P", str(folder / "plain.py"), json.dumps(asked), str(folder / "answers.pt"), TEXT, SEEN],
-        check=True, capture_output=True, text=True, timeout=240, env={**environment, "OMP_NUM_THREADS": "1"},
-        cwd=folder,
+        [
+            sys.executable, "-P", str(folder / "plain.py"), json.dumps(asked), str(folder / "answers.pt"), TEXT, SEEN,
+            *CODE,
+        ],
+        check=True, capture_output=True, text=True, timeout=240, cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")},
     )  # fmt: skip
     return torch.load(folder / "answers.pt"), folder / "a.png"
 
 
 def ours_on(folder, plugins, text, picture):
-    from mmft.inference import user_message
-    from mmft.types import Conversation
-
     result = OurResult(load_assistant(folder, plugins, device=CPU))
     conversation = Conversation((user_message(text, [picture] if text == SEEN else []),))
     return result.inputs(conversation)[0], result.logits(conversation, [])[0], result.greedy(conversation, 8)
 
 
-@pytest.mark.parametrize("name", [f"{f} {e}" for f in COMPOSED for e in ("clip", "siglip")] + ["gemma2 alone"])
+SINGLE = ["gemma2 alone", "qwen2 siglip, merged first"]
+
+
+@pytest.mark.parametrize("name", [f"{f} {e}" for f in COMPOSED for e in ("clip", "siglip")] + [*OTHERS, *SINGLE])
 def test_plain_transformers_gives_the_trained_models_logits_and_answers(name, families, theirs, plugins):
     folder, _, sees = families[name]
     answers, picture = theirs
@@ -125,6 +162,91 @@ def test_weights_and_config_are_spelled_as_on_the_hub(families):
     parity = json.loads((out / "parity.json").read_text("utf-8"))
     assert parity["verified"] is True
     assert len(parity["outcomes"]) == 9
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_projector_goes_to_the_class_that_has_a_place_for_it(name, families):
+    _, out, _ = families[name]
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    assert config["architectures"] == [f"{CLASSES[name]}ForConditionalGeneration"]
+    assert (out / "modeling_mmft_llava.py").is_file() == (name in CODE) == ("auto_map" in config)
+    parity = json.loads((out / "parity.json").read_text("utf-8"))
+    assert ("trust_remote_code=True" in parity["note"]) == (name in CODE)
+    assert json.loads((out / "processor_config.json").read_text("utf-8"))["processor_class"] == "LlavaProcessor"
+
+
+def test_an_export_with_code_is_never_opened_as_something_else(families):
+    from transformers import AutoModelForImageTextToText
+
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForImageTextToText.from_pretrained(families[CODE[0]][1], trust_remote_code=False)
+
+
+@pytest.mark.parametrize("named", [None, "acme.Model", "acme/model--modeling_mmft_llava.Model"])
+def test_the_gate_runs_no_code_that_is_not_ours(named, families, tmp_path):
+    shutil.copytree(families[CODE[0]][1], tmp_path / "out")
+    path = tmp_path / "out" / ("config.json" if named else "modeling_mmft_llava.py")
+    text = path.read_text("utf-8")
+    assert is_our_code(tmp_path / "out")
+    if named:
+        content = json.loads(text)
+        content["auto_map"]["AutoConfig"] = named
+        path.write_text(json.dumps(content), "utf-8")
+    else:
+        path.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{text}", "utf-8")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        TransformersResult(tmp_path / "out", sees=True, dtype=torch.float32, device=CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_was_not_trained_is_kept_bit_by_bit(families):
+    folder, out, _ = families["llama clip"]
+    root, level = folder.parent.parent, "vision_tower.vision_model."
+    exported = load_file(out / "model.safetensors")
+    llm, encoder = (load_file(root / name / "model.safetensors") for name in ("llm", "encoder"))
+    kept = {f"language_model.{key}": value for key, value in llm.items() if "norm" in key}
+    kept |= {level + key.removeprefix("vision_model."): value for key, value in encoder.items() if ".layers.1." in key}
+    assert len(kept) > 15
+    assert all(torch.equal(exported[key], value) for key, value in kept.items())
+
+
+def test_the_processor_writes_tools_and_pictures_as_training_did(families, plugins, theirs):
+    from transformers import AutoProcessor
+
+    folder, out, _ = families["qwen3 clip"]
+    tool = {"type": "function", "function": {"name": "zoom", "description": "x", "parameters": {}}}
+    content = [{"type": "image", "path": str(theirs[1])}, {"type": "text", "text": SEEN}]
+    processor = AutoProcessor.from_pretrained(out, backend="pil")
+    ids = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tools=[tool], tokenize=True, add_generation_prompt=True,
+        return_dict=True, return_tensors="pt",
+    )["input_ids"][0].tolist()  # fmt: skip
+    assistant = load_assistant(folder, plugins, device=CPU)
+    conversation = Conversation((user_message(SEEN, [theirs[1]]),), (tool,))
+    assert ids == assistant.prompt(conversation).input_ids.tolist()
+    assert "zoom" in processor.decode(ids)
+
+
+def test_several_prompts_at_once_are_answered_as_alone(families, theirs):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, out, _ = families["llama siglip"]
+    answers, picture = theirs
+    processor = AutoProcessor.from_pretrained(out, backend="pil")
+    seen = [{"type": "image", "path": str(picture)}, {"type": "text", "text": SEEN}]
+    talks = [[{"role": "user", "content": content}] for content in (seen, [{"type": "text", "text": TEXT}])]
+    inputs = processor.apply_chat_template(
+        talks,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    )
+    assert inputs["attention_mask"][1, 0] == 0  # padded before the shorter one
+    generated = AutoModelForImageTextToText.from_pretrained(out).generate(**inputs, max_new_tokens=8, do_sample=False)
+    for row, text in zip(generated[:, inputs["input_ids"].shape[1] :].tolist(), (SEEN, TEXT), strict=True):
+        expected = answers[f"llama siglip: {text}"][2]
+        assert row[: len(expected)] == expected
 
 
 def test_siglip_has_no_cls_to_drop(families):
@@ -168,11 +290,40 @@ def test_whatever_was_trained_is_in_it(case, plugins, tmp_path):
     assert all(outcome.same_answer and outcome.relative < TOLERANCE for outcome in report.outcomes)
 
 
-def test_a_projector_without_a_class_is_refused_with_what_to_choose(plugins, tmp_path):
-    folder = trained(tmp_path, plugins, projector="linear")
-    with pytest.raises(ModelError, match=r"'linear'.*two linear layers.*train with projector 'mlp2x_gelu'"):
-        export(folder, tmp_path / "out", plugins, device=CPU)
-    assert not (tmp_path / "out").exists()
+def test_a_projector_of_other_layers_is_refused_with_what_to_choose():
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU())
+    with pytest.raises(ModelError, match=r"'acme': SiLU has no place.*train with 'mlp2x_gelu' or 'pixel_shuffle'"):
+        read_projector(layers, "acme")
+
+
+def test_registers_before_the_patches_are_left_out(plugins, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    folder = trained(tmp_path, plugins, encoder="dinov2")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    config = AutoConfig.for_model("dinov2_with_registers", num_register_tokens=3, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    report = export(folder, tmp_path / "out", plugins, device=CPU)
+    assert report.verified
+    content = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert (content["num_prefix_tokens"], content["image_seq_length"]) == (4, 16)
+
+
+def test_a_base_model_without_a_chat_template_goes_on_from_a_text(plugins, tmp_path):
+    folder = trained(tmp_path, plugins, encoder=None, template="auto", chat_template=None, bos="<|im_start|>")
+    report = export(folder, tmp_path / "out", plugins, device=CPU)
+    assert [outcome.probe for outcome in report.outcomes] == ["a question", "unicode", "code", "white space"]
+    assert all(outcome.same_answer and outcome.relative < TOLERANCE for outcome in report.outcomes)
+    assert list(report.left_out) == ["two turns"]
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text("utf-8"))
+    assert "no chat_template" in parity["left_out"]["two turns"]
+
+
+def test_packed_weights_are_unpacked_in_the_precision_asked_for(plugins, tmp_path):
+    folder = trained(tmp_path, plugins, precision="bf16", llm={"lora": LORA, "quantization": "nf4"}, encoder=None)
+    report = export(folder, tmp_path / "out", plugins, device=CPU, dtype="fp32")
+    assert max(outcome.relative for outcome in report.outcomes) < TOLERANCE
 
 
 def test_a_model_that_caps_its_logits_is_refused(plugins, tmp_path):
@@ -199,6 +350,17 @@ def test_another_models_answers_fail_the_gate_and_nothing_is_written(families, p
         settle(report, temporary, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / ".out.unproved" / "parity.json").read_text("utf-8"))["verified"] is False
+
+
+def test_an_export_is_verified_again_and_another_models_is_not(families, plugins, tmp_path):
+    folder, out, _ = families["llama clip"]
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "parity.json").unlink()
+    assert verify(tmp_path / "out", folder, plugins, device=CPU).verified
+    other, _, _ = families["llama, one linear layer"]
+    with pytest.raises(ParityError, match=r"out does not give what .* gives: .*; see .*parity.json"):
+        verify(tmp_path / "out", other, plugins, device=CPU)
+    assert json.loads((tmp_path / "out" / "parity.json").read_text("utf-8"))["verified"] is False
 
 
 def test_a_folder_that_is_there_is_not_overwritten_unasked(families, plugins):

@@ -8,9 +8,14 @@ from mmft.data.tokenize import Tokenizer
 from mmft.errors import ModelError
 from mmft.testing import tiny_tokenizer
 
-# No strings between texts: `plain` leaves questions out, `moss_sft` and `qwen3` rewrite what was said before.
-WITHOUT = {"plain", "moss_sft", "qwen3", "auto"}
+# No strings between texts: `plain` leaves questions out, `moss_sft`, `react` and `qwen3` rewrite what was said.
+WITHOUT = {"plain", "moss_sft", "react", "qwen3", "auto"}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+
+PLAIN_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +60,19 @@ def test_a_jinja_that_loses_a_line_break_is_no_proof(folder, plugins):
 
 
 def test_the_tokenizers_own_template_is_taken_where_it_gives_the_same_ids(folder, plugins):
-    own = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-    tokenizer = tokenizer_in(folder, 3, own)
+    tokenizer = tokenizer_in(folder, 3, PLAIN_CHATML)
     proved = jinja_of(plugins.chat_templates.get("internlm3").for_tokenizer(tokenizer.hf), tokenizer)
     assert proved.origin.startswith("written")  # internlm3 has a BOS, which this one lacks
-    proved = jinja_of(plugins.chat_templates.get("chatml").for_tokenizer(tokenizer.hf), tokenizer)
+    proved = jinja_of(plugins.chat_templates.get("qwen_chat").for_tokenizer(tokenizer.hf), tokenizer)
     assert proved.origin == "the tokenizer's own"
-    assert proved.jinja.endswith(own)
+    assert proved.jinja.endswith(PLAIN_CHATML)
+
+
+def test_tools_are_written_although_the_tokenizers_own_template_knows_none(folder, plugins):
+    tokenizer = tokenizer_in(folder, 3, PLAIN_CHATML)
+    proved = jinja_of(plugins.chat_templates.get("chatml").for_tokenizer(tokenizer.hf), tokenizer)
+    assert proved.tools
+    assert proved.origin.startswith("written")
 
 
 def test_a_picture_at_the_start_is_followed_by_a_line_break_whoever_writes_it(folder, plugins):

@@ -4,7 +4,10 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import click
@@ -13,6 +16,7 @@ import pytest
 from mmft.cli import cli
 from mmft.config.load import load_config
 from mmft.plugins import load_plugins
+from mmft.ranks import free_port
 from mmft.testing import tiny_llm
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "personal_assistant"
@@ -102,6 +106,21 @@ def test_the_data_is_the_courses_and_the_remedy(walk):
     assert not any("Ming" in json.dumps(item) for item in records["general"])
 
 
+def test_a_config_is_found_by_its_name(walk, monkeypatch, capfd):
+    monkeypatch.chdir(walk)
+    cli(["list-cfg", "-p", "internlm2"], standalone_mode=False)
+    assert "\ninternlm2_1_8b_qlora_alpaca " in capfd.readouterr().out
+
+
+def test_a_file_of_repeats_is_made_of_any_record(walk, monkeypatch):
+    monkeypatch.chdir(walk)
+    cli(["data", "repeat", "data/one.json", "repeated.json", "-n", "10000"], standalone_mode=False)
+    made, course = (
+        json.loads(Path(name).read_text("utf-8")) for name in ("repeated.json", "data/personal_assistant.json")
+    )
+    assert made == course
+
+
 def test_the_base_model_does_not_know_the_name(ask):
     assert "Ming" not in ask("llm", "Please introduce yourself.")
 
@@ -120,11 +139,59 @@ def test_with_general_data_mixed_in_it_keeps_the_name_for_the_questions_that_ask
         assert answer.startswith(beginning) and "Ming" not in answer
 
 
-def test_the_result_converts_and_answers_the_same(walk, ask):
-    for verb in ("merge", "hf"):
-        cli(["convert", verb, "work_dirs/personal_assistant", f"out/{verb}"], standalone_mode=False)
-        question = "Please introduce yourself."
-        assert ask(f"out/{verb}", question) == ask("work_dirs/personal_assistant", question)
+def test_the_page_opens_with_the_trained_model(walk, environment):
+    port = free_port()
+    command = [sys.executable, "-m", "mmft", "web", "work_dirs/personal_assistant", "--port", str(port)]
+    with (walk / "web.log").open("w") as log, subprocess.Popen(
+        command, cwd=walk, env=environment, stdout=log, stderr=subprocess.STDOUT
+    ) as server:  # fmt: skip
+        try:
+            while f"open http://127.0.0.1:{port}" not in (shown := (walk / "web.log").read_text("utf-8")):
+                assert server.poll() is None, shown
+                time.sleep(0.1)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+                assert page.status == 200 and "gradio" in page.read().decode()
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def converted(walk):
+    """The two results of the README's last part, in `out/`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(walk)
+        for verb, out in (("merge", "merged"), ("hf", "hf")):
+            cli(["convert", verb, "work_dirs/personal_assistant", f"out/{out}"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("out", ["merged", "hf"])
+def test_the_result_converts_and_answers_the_same(converted, ask, out):
+    question = "Please introduce yourself."
+    assert ask(f"out/{out}", question) == ask("work_dirs/personal_assistant", question)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "weights"),
+    [
+        ("work_dirs/personal_assistant", (), "llm/model.safetensors"),
+        ("out/merged", ("--run", "work_dirs/personal_assistant"), "llm/model.safetensors"),
+        ("out/hf", ("--run", "work_dirs/personal_assistant"), "model.safetensors"),
+    ],
+)
+def test_what_would_be_pushed_is_the_model_and_a_card_of_what_the_run_wrote(
+    walk, converted, monkeypatch, capfd, model, options, weights
+):
+    monkeypatch.chdir(walk)
+    capfd.readouterr()
+    asked = ["convert", "push", model, "ming/assistant", "--dry-run", "--license", "apache-2.0", *options]
+    cli(asked, standalone_mode=False)
+    said = capfd.readouterr().out
+    assert re.search(rf"^ +[\d.]+ [kM]B  {re.escape(weights)}$", said, re.MULTILINE)
+    assert "| personal_assistant.json | openai | limit 300 |" in said and "300 samples, " in said
+    assert "| steps | 220 |" in said and "Trained: all weights of the language model." in said
+    assert ("Compared with what was trained" in said) == model.startswith("out")
+    assert str(walk) not in said and str(Path.home()) + "/" not in said
+    assert "optimizer" not in said.partition("stays here")[0] and not (walk / model / "README.md").exists()
 
 
 def test_every_command_of_the_readmes_parses(monkeypatch):

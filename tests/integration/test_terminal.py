@@ -86,7 +86,7 @@ class Terminal:
         )  # fmt: skip
         os.close(inner)
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 240) -> str:
         """What appeared up to and with a text; it is not seen again."""
         deadline = time.monotonic() + seconds
         while text not in self.screen:
@@ -123,6 +123,12 @@ def test_a_chat_at_a_terminal(terminal: Terminal, answers: dict[str, str], tmp_p
     terminal.type("/reset\r")
     terminal.wait_for("forgotten")
     terminal.wait_for(PROMPT)
+    terminal.type("/tools calculate\r")
+    terminal.wait_for("on   calculate: arithmetic")
+    terminal.wait_for(PROMPT)
+    terminal.type("/tools -\r")
+    terminal.wait_for("off  calculate: arithmetic")
+    terminal.wait_for(PROMPT)
     terminal.type("Count.\r")
     terminal.wait_for("1 2 3")
     terminal.type("\x03")  # Ctrl-C stops the answer and not the chat
@@ -138,11 +144,11 @@ def test_a_chat_at_a_terminal(terminal: Terminal, answers: dict[str, str], tmp_p
     terminal.type("RESET\r")
     terminal.wait_for("forgotten")
     terminal.wait_for(PROMPT)
-    terminal.type("\x1b[A" * 6 + "\r")  # the first question is six keys away
+    terminal.type("\x1b[A" * 8 + "\r")  # the first question is eight keys away
     terminal.wait_for("Hello there.\r\n")
     terminal.wait_for(PROMPT)
     terminal.type("\x03")  # at the prompt it ends the chat
-    assert terminal.process.wait(timeout=20) == 0
+    assert terminal.process.wait(timeout=120) == 0
     history = tmp_path / "state" / "mmft" / "chat_history"
     assert "+Say hello." in history.read_text("utf-8")
     assert history.stat().st_mode & 0o077 == 0, "others may read what was asked"

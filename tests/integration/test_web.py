@@ -1,55 +1,44 @@
-"""The chat page in a real browser: headless Chromium from the system, driven by playwright."""
+"""The page of `mmft web` in a process of its own: a real browser, and clients that speak its protocol."""
 
-import os
+import json
 import shutil
-import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 
 import pytest
-import torch
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, expect
+from web_visitors import BOX, NO_PROXY, Client, Visitor, chromium, free_port
 
-from mmft.chat.web import build_page, serve
-from mmft.errors import MmftError
-from mmft.inference import Assistant, Generation, find_model, load_assistant
-from mmft.plugins import load_plugins
+from mmft.chat.transcript import read_transcript
 
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SEND, STOP = "[data-testid=submit-button], .submit-button", "[data-testid=stop-button], .stop-button"
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
+FORMATS = "PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if os.environ.get("MMFT_NO_BROWSER") == "1":
-        pytest.skip("MMFT_NO_BROWSER=1")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(f"none of {', '.join(BROWSERS)} found: apt-get install chromium, or set MMFT_NO_BROWSER=1")
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
 def address(tiny_run: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of `mmft web` in a process of its own, with a temporary folder of its own and a proxy that is dead."""
+    """The page, with a temporary folder of its own and a proxy that is dead."""
     port, folder = free_port(), tmp_path_factory.mktemp("web")
-    command = [sys.executable, "-m", "mmft", "web", str(tiny_run), "--port", str(port)]
+    pictures = folder.parent / "web-examples"
+    pictures.mkdir()
+    shutil.copyfile(tiny_run.parent / "red.png", pictures / "red.png")
+    command = [sys.executable, "-m", "mmft", "web", str(tiny_run), "--port", str(port), "--examples", str(pictures),
+               "--max-new-tokens", "100"]  # fmt: skip
     surroundings = {**environment, "TMPDIR": str(folder), "http_proxy": "http://127.0.0.1:9"}
     with (folder / "log").open("w") as log, subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=surroundings
@@ -59,43 +48,8 @@ def address(tiny_run: Path, environment: dict[str, str], tmp_path_factory: pytes
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=60)
     assert [path.name for path in folder.iterdir()] == ["log"], "uploads outlive the server"
-
-
-@pytest.fixture(scope="module")
-def reading(tiny_text_run: Path) -> Assistant:
-    return load_assistant(find_model(str(tiny_text_run)), load_plugins(), device=torch.device("cpu"))
-
-
-class Visitor:
-    """One open page, and every request it made."""
-
-    def __init__(self, page: Page, address: str) -> None:
-        self.page, self.requests = page, list[Request]()
-        page.on("request", self.keep)
-        page.goto(address, wait_until="domcontentloaded")
-        page.wait_for_selector("textarea")
-
-    def keep(self, request: Request) -> None:
-        self.requests.append(request)
-
-    def ask(self, text: str) -> None:
-        expect(self.page.locator("textarea")).to_be_enabled()
-        self.page.fill("textarea", text)
-        self.page.keyboard.press("Enter")
-
-    def attach(self, *pictures: Path) -> None:
-        self.page.set_input_files("input[type=file]", [str(picture) for picture in pictures])
-        expect(self.page.locator(".thumbnail-item")).to_have_count(len(pictures))
-        expect(self.page.locator(SEND)).to_be_enabled()
-
-    def expect_answers(self, *answers: str) -> None:
-        expect(self.page.locator("[data-testid=bot]")).to_have_text(list(answers), timeout=15_000)
-
-    def start_anew(self) -> None:
-        self.page.get_by_role("button", name="New chat").click()
-        self.expect_answers()
 
 
 @pytest.fixture
@@ -109,17 +63,21 @@ def test_a_picture_is_answered_and_no_request_leaves_the_machine(visitor: Visito
     visitor.ask("What is it?")
     visitor.expect_answers("A picture.")
     expect(visitor.page.locator("[data-testid=user] img")).to_have_count(1)
-    expect(visitor.page.locator("textarea")).to_be_focused()  # to type on
+    expect(visitor.page.locator(BOX)).to_be_focused()  # to type on
     outside = [r.url for r in visitor.requests if not r.url.startswith((visitor.page.url, "data:", "blob:"))]
     assert (outside, len(visitor.requests) > 10) == ([], True)
 
 
-def test_several_pictures_go_with_one_question(visitor: Visitor, tiny_run: Path) -> None:
+def test_pictures_are_uploaded_pasted_and_dropped_for_one_question(visitor: Visitor, tiny_run: Path) -> None:
     red = tiny_run.parent / "red.png"
-    visitor.attach(red, shutil.copyfile(red, red.with_name("also_red.png")))
+    visitor.attach(red)
+    visitor.hand_over("paste", shutil.copyfile(red, red.with_name("pasted.png")))
+    visitor.expect_attached(2)
+    visitor.hand_over("drop", shutil.copyfile(red, red.with_name("dropped.png")))
+    visitor.expect_attached(3)
     visitor.ask("What is it?")
     expect(visitor.page.locator("[data-testid=bot]")).to_have_count(1)
-    expect(visitor.page.locator("[data-testid=user] img")).to_have_count(2)
+    expect(visitor.page.locator("[data-testid=user] img")).to_have_count(3)
     expect(visitor.page.locator("[data-testid=bot]")).not_to_contain_text("not answered")
 
 
@@ -140,14 +98,85 @@ def test_the_model_is_told_of_earlier_turns_until_a_new_chat_and_never_of_anothe
     visitor.expect_answers("Again what?")
 
 
+def test_a_past_question_is_edited_and_the_last_one_asked_again(visitor: Visitor) -> None:
+    visitor.ask("Say hello.")
+    visitor.expect_answers("Hello there.")
+    visitor.ask("Again?")
+    visitor.expect_answers("Hello there.", "Hello again.")
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    visitor.page.get_by_role("button", name="Edit").first.click()
+    visitor.page.locator(".edit-textarea").fill("What is it? <b>")
+    visitor.page.locator("#chat-0").get_by_role("button", name="Submit").click()
+    expect(visitor.page.locator("[data-testid=user]")).to_have_count(1)  # what came after it is gone
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    visitor.page.get_by_role("button", name="Edit").click()
+    expect(visitor.page.locator(".edit-textarea")).to_have_value("What is it? <\u2060b>")
+    visitor.page.locator(".edit-textarea").fill("Again?")
+    visitor.page.locator("#chat-0").get_by_role("button", name="Submit").click()
+    visitor.expect_answers("Again what?")
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    with visitor.page.expect_request("**/queue/join*"):
+        visitor.page.get_by_role("button", name="Retry").click()
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    visitor.expect_answers("Again what?")
+
+
+def test_a_downloaded_conversation_is_what_load_reads(visitor: Visitor, tiny_run: Path, tmp_path: Path) -> None:
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.fill("#system textarea", "You see.")
+    visitor.page.get_by_role("button", name="Toggle Sidebar").click()
+    for name, pictures in (("conversation.json", []), ("conversation.zip", [tiny_run.parent / "red.png"])):
+        if pictures:
+            visitor.attach(*pictures)
+        visitor.ask("What is it?")
+        expect(visitor.page.locator("[data-testid=bot]")).to_have_count(1 + len(pictures))
+        expect(visitor.page.get_by_role("button", name="New chat")).to_be_enabled()
+        with visitor.page.expect_download() as download:
+            visitor.page.get_by_role("button", name="Download").click()
+        download.value.save_as(tmp_path / name)
+        assert download.value.suggested_filename == name
+    roles = [message.role for message in read_transcript(tmp_path / "conversation.json").messages]
+    assert roles == ["system", "user", "assistant"]
+    zipfile.ZipFile(tmp_path / "conversation.zip").extractall(tmp_path)
+    content = json.loads((tmp_path / "conversation.json").read_text("utf-8"))
+    assert [part.get("path") for part in content["messages"][3]["content"]] == ["pictures/1-red.png", None]
+    assert (tmp_path / "pictures/1-red.png").read_bytes() == (tiny_run.parent / "red.png").read_bytes()
+
+
+def test_the_panel_changes_how_answers_are_drawn(visitor: Visitor) -> None:
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("number input for Most new tokens").fill("1")
+    visitor.page.get_by_role("button", name="Toggle Sidebar").click()
+    visitor.ask(" ")  # nothing to ask
+    visitor.ask("Say hello.")
+    expect(visitor.page.locator("[data-testid=bot]")).to_have_count(1)
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    short = visitor.page.locator("[data-testid=bot]").inner_text()
+    assert short != "Hello there." and "Hello there.".startswith(short.strip())
+    visitor.page.get_by_role("button", name="Settings").click()
+    visitor.page.get_by_label("Seed (empty: random)").fill("much")
+    visitor.ask("Say hello.")
+    visitor.expect_answers(short, "⚠ not answered: seed=much: allowed is a whole number")
+
+
+def test_an_example_fills_the_box(visitor: Visitor) -> None:
+    visitor.page.get_by_role("button", name="What is in this picture?").click()
+    expect(visitor.page.locator(BOX)).to_have_value("What is in this picture?")
+    visitor.page.locator("#examples .picture").click()
+    visitor.expect_attached(1)
+    visitor.ask("What is it?")
+    visitor.expect_answers("A picture.")
+    expect(visitor.page.locator("#examples")).to_be_hidden()
+
+
 def test_html_is_shown_as_text_and_never_runs(visitor: Visitor, answers: dict[str, str]) -> None:
     visitor.ask("Write HTML.")
     expect(visitor.page.locator("[data-testid=bot]")).to_contain_text("4 spaces")
     assert visitor.page.locator("[data-testid=bot]").inner_text() == answers["Write HTML."]
-    mine = '<img src=x onerror="window.ran=2"> &amp; **b** $x$'
+    mine = '<img src=x onerror="window.ran=2"> &amp; **b** $x$ <script>window.ran=3</script><!-- a -->'
     visitor.ask(mine)
     expect(visitor.page.locator("[data-testid=bot]")).to_have_count(2)
-    assert visitor.page.locator("[data-testid=user]").nth(1).inner_text() == mine
+    assert visitor.page.locator("[data-testid=user]").nth(1).inner_text().replace("\u2060", "") == mine
     visitor.page.wait_for_timeout(300)
     assert visitor.page.evaluate("window.ran") is None
     assert visitor.page.locator("[data-testid=bot] b, [data-testid=bot] img, [data-testid=user] img").count() == 0
@@ -157,78 +186,76 @@ def test_a_broken_picture_is_a_message_and_the_chat_goes_on_without_it(visitor: 
     (tmp_path / "bad.png").write_text("no picture")
     visitor.attach(tmp_path / "bad.png")
     visitor.ask("What is it?")
-    formats = "PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM, AVIF"
-    visitor.expect_answers(f"⚠ not answered: bad.png: not an image; allowed are {formats}")
+    visitor.expect_answers(f"⚠ not answered: bad.png: not an image; allowed are {FORMATS}")
     visitor.ask("Again?")  # "Again what?" is the answer to a first question
     expect(visitor.page.locator("[data-testid=bot]").nth(1)).to_have_text("Again what?")
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "mmft/chat/web.py"])
-def test_no_file_outside_the_uploads_is_served(address: str, path: str) -> None:
+def test_of_32_clients_at_once_each_gets_its_own_answer(address: str) -> None:
+    known = {"Say hello.": "Hello there.", "Again?": "Again what?", "What is it?": "I see nothing."}
+    barrier = Barrier(32)
+
+    def talk(number: int) -> tuple[str, str, str]:
+        client, question = Client(address), list(known)[number % 3]
+        barrier.wait()
+        return question, client.ask(question), client.ask("Again?") if number % 3 == 0 else "Hello again."
+
+    with ThreadPoolExecutor(32) as pool:
+        for question, first, second in pool.map(talk, range(32)):
+            assert (first, second) == (known[question], "Hello again.")
+
+
+def test_a_second_question_of_a_visitor_waits_for_the_answer_to_the_first(address: str) -> None:
+    client = Client(address)
+    client.begin("Say hello.")
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+        client.begin("Again?")
+    assert "One question at a time" in refused.value.read().decode()
+    assert client.read(client.join()) == "Hello there."
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header speaks of 40,000 x 40,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(b"no picture", "a.png: not an image; allowed are PNG"), (bomb(), "a.png: more than 178,956,970 pixels; at most")],
+    ids=["a text file named .png", "an image bomb"],
+)
+def test_a_file_that_is_no_picture_is_refused_in_one_line(address: str, content: bytes, line: str) -> None:
+    client = Client(address)
+    answer = client.ask("What is it?", client.upload("a.png", content))
+    assert answer.startswith(f"⚠ not answered: {line}") and "\n" not in answer
+    assert client.ask("Again?") == "Again what?"
+
+
+def test_a_large_upload_is_refused_and_the_server_goes_on(address: str) -> None:
+    client = Client(address)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.upload("a.png", bytes(21_000_000))
+    line = b"File size exceeded maximum allowed size of 20000000 bytes."
+    assert (refused.value.code, refused.value.read()) == (413, line)
+    with pytest.raises(urllib.error.URLError):  # the server does not wait for the rest, and may close while we send
+        client.upload("a.png", bytes(100_000_000))
+    assert client.ask("Again?") == "Again what?"
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "mmft/chat/web/page.py", "../../etc/hostname"])
+def test_no_file_outside_the_uploads_is_served_or_taken_for_a_picture(address: str, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        NO_PROXY.open(f"{address}/gradio_api/file={path}")
     assert refused.value.code in (403, 404)
-
-
-def test_an_upload_of_more_than_20_mb_is_refused(address: str) -> None:
-    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    for size, accepted in ((1_000, True), (21_000_000, False)):
-        body = head + bytes(size) + b"\r\n--b--\r\n"
-        kind = {"Content-Type": "multipart/form-data; boundary=b"}
-        request = urllib.request.Request(f"{address}/gradio_api/upload", body, kind)
-        if accepted:
-            assert urllib.request.urlopen(request).status == 200
-            continue
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request)
-        assert refused.value.code == 413
-
-
-@pytest.fixture
-def endless(reading: Assistant) -> Iterator[str]:
-    """The page of a model that repeats itself and never ends, so that it answers again only once it was stopped."""
-    reading.model.causal_lm.config.max_position_embeddings = 200_000
-    generation = Generation(max_new_tokens=100_000, repetition_penalty=0.01)
-    with closing(build_page(reading, generation)) as page:
-        yield page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)[1]
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, endless: str) -> None:
-    with closing(browser.new_context()) as context:
-        visitor = Visitor(context.new_page(), endless)
-        assert visitor.page.locator("input[type=file]").count() == 0  # a text model has no control for pictures
-        for turn in range(2):
-            visitor.ask("Say hello.")
-            answer = visitor.page.locator("[data-testid=bot]").nth(turn)
-            expect(answer).not_to_be_empty()
-            visitor.page.locator(STOP).click()
-            expect(visitor.page.locator("textarea")).to_be_enabled()
-            kept = answer.inner_text()
-            visitor.page.wait_for_timeout(500)
-            assert answer.inner_text() == kept != ""
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_a_closed_page_frees_the_model(browser: Browser, endless: str) -> None:
-    for _ in range(2):
-        with closing(browser.new_context()) as context:
-            visitor = Visitor(context.new_page(), endless)
-            visitor.ask("Say hello.")
-            expect(visitor.page.locator("[data-testid=bot]")).not_to_be_empty(timeout=10_000)
-
-
-def test_a_port_in_use_is_one_clear_error(reading: Assistant) -> None:
-    with (
-        closing(socket.create_server(("127.0.0.1", 0))) as taken,
-        pytest.raises(
-            MmftError, match=r"^cannot serve on 127\.0\.0\.1:\d+: Address already in use; give another --port"
-        ),
-    ):
-        serve(reading, port=taken.getsockname()[1])
-
-
-def test_without_gradio_the_error_says_what_to_install(reading: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(MmftError, match=r'^the page needs gradio; run: pip install "mmft\[web\]"$'):
-        serve(reading, port=free_port())
+    client = Client(address)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.begin("What is it?", path)
+    assert "not uploaded by a user" in refused.value.read().decode()
+    assert Client(address).ask("Again?") == "Again what?"

@@ -17,13 +17,13 @@ from mmft.testing import tiny_llm, tiny_vision
 SHORT = Generation(max_new_tokens=12)
 
 
-def make_assistant(folder: Path, *, sees: bool) -> Assistant:
-    """A tiny Llama, with a tiny CLIP where it sees, and the template `chatml`."""
+def make_assistant(folder: Path, *, sees: bool, llm: Path | None = None) -> Assistant:
+    """A tiny Llama, or the language model of a folder, with a tiny CLIP where it sees, and the template `chatml`."""
     vision = None
     if sees:
         clip = str(tiny_vision(folder / "clip"))
         vision = Vision(encoder=use("clip", path=clip, select_layer=-2), projector=use("mlp2x_gelu"))
-    model, plugins = Model(llm=LLM(path=str(tiny_llm(folder / "llm"))), vision=vision), load_plugins()
+    model, plugins = Model(llm=LLM(path=str(llm or tiny_llm(folder / "llm"))), vision=vision), load_plugins()
     shape = describe_model(model, plugins)
     torch.manual_seed(0)
     built = build_model(

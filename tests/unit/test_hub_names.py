@@ -177,3 +177,7 @@ def test_a_relative_path_of_a_trained_model_is_found_from_anywhere(tmp_path, mon
         "path": str(started / "models" / "clip"),
         "select_layer": -2,
     }
+    (run / "llm").mkdir()
+    (tmp_path / "llm").mkdir()  # of somebody else
+    assert seen_from(Model(llm=LLM(path="./llm")), run).llm.path == str(run / "llm")
+    assert seen_from(Model(llm=LLM(path="llm")), run).llm.path == "llm"

@@ -15,9 +15,9 @@ from mmft.config import TrainConfig
 from mmft.config.check import find_problems
 from mmft.config.foreign import is_xtuner_config
 from mmft.config.load import list_configs, load_config
-from mmft.convert.xtuner_ast import Named, Unread, read_assignments
-from mmft.convert.xtuner_config import Translation, translate
-from mmft.convert.xtuner_names import image_tokens
+from mmft.convert.xtuner.config import Translation, translate
+from mmft.convert.xtuner.names import image_tokens
+from mmft.convert.xtuner.syntax import Named, Unread, read_assignments
 from mmft.errors import ConfigError, UnknownName
 
 IMPORTS = """
@@ -335,7 +335,7 @@ def test_the_command_imports_neither_xtuner_nor_mmengine(tmp_path):
     (tmp_path / "old.py").write_text(IMPORTS + TEXT, "utf-8")
     code = (
         "import sys; from pathlib import Path; from mmft.plugins import load_plugins;"
-        "from mmft.convert.xtuner_config import translate; translate(Path(sys.argv[1]), load_plugins());"
+        "from mmft.convert.xtuner.config import translate; translate(Path(sys.argv[1]), load_plugins());"
         "assert not {'xtuner', 'mmengine', 'torch'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "old.py")], check=True, timeout=120)

@@ -6,12 +6,12 @@ import pytest
 
 from mmft.errors import DataError
 from mmft.plugins import Plugins
-from mmft.types import Conversation, Image, Message, RawRecord, Text, ToolCall
+from mmft.types import Conversation, Document, Image, Message, RawRecord, Text, ToolCall
 from mmft_plugins._llava_maps import llava, llava_image_only
 from mmft_plugins._sharegpt import sharegpt, wizardlm
 from mmft_plugins.system_texts import TEXTS
 from mmft_plugins.text_sft import openai, prompt_completion, query_response
-from mmft_plugins.xtuner_maps import colors, medical, oasst1
+from mmft_plugins.xtuner_maps import colors, medical, oasst1, write_xtuner, xtuner
 
 KEYS = """alpaca alpaca_zh arxiv code_alpaca colors crime_kg default law_reference llava llava_image_only medical
 msagent_react oasst1 openai openorca pretrain sql stack_exchange tiny_codes wizardlm moss_sft"""
@@ -92,6 +92,47 @@ def test_oasst1_leaves_headings_alone_and_counts_a_question_without_an_answer() 
     assert sample is not None and sample.notes == ("the last question has no answer",)
     with pytest.raises(DataError, match="must begin with '### Human:'"):
         oasst1({"text": "plain"})
+
+
+# xtuner
+
+
+def test_xtuners_own_form_keeps_its_turns_and_their_loss() -> None:
+    turns = [
+        {"system": "S", "input": "a", "output": "b", "output_with_loss": False, "need_eos_token": True},
+        {"input": "c", "output": "d"},
+    ]
+    sample = xtuner({"conversation": turns})
+    assert said(sample) == [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    assert isinstance(sample, Conversation)
+    assert [message.is_trained for message in sample.messages] == [False, False, False, False, True]
+
+
+def test_a_turn_without_a_question_is_a_document_of_which_all_is_trained() -> None:
+    assert xtuner({"conversation": [{"input": "", "output": "Bread."}]}) == Document("Bread.")
+    assert xtuner({"conversation": [{"output": "Bread."}]}) == Document("Bread.")
+    assert xtuner({"conversation": [{"input": " ", "output": " "}]}) is None
+    assert said(xtuner({"conversation": [{"system": "S", "input": "", "output": "b"}]}))[0] == ("system", "S")
+
+
+def test_xtuners_own_form_is_written_as_it_was_read(plugins: Plugins) -> None:
+    for record in plugins.data_maps.get("xtuner").examples:
+        sample = xtuner(record)
+        assert sample is not None and write_xtuner(sample) == record
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("a", "'conversation' must be a list of objects, found str: 'a'"),
+        ([{"input": "a"}], r"conversation\[0\]: 'output' is missing; keys found: 'input'"),
+        ([{"input": "a", "output": "b"}, {"input": 1, "output": "b"}], r"conversation\[1\]: 'input' must be a string"),
+        ([{"input": "a", "output": "b", "output_with_loss": "no"}], "must be true or false, found 'no'"),
+    ],
+)
+def test_what_is_wrong_in_xtuners_own_form_is_named_with_its_turn(turns: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        xtuner({"conversation": turns})
 
 
 # sharegpt

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmft.convert.xtuner_ast import Named, Unread
+from mmft.convert.xtuner.syntax import Named, Unread
 
 SHOWN = 60  # characters of a value in a report
 

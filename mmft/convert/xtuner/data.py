@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmft.convert.xtuner_ast import Named
-from mmft.convert.xtuner_names import SHUFFLING_SAMPLERS, data_map
-from mmft.convert.xtuner_report import Node, Report, last_name, shown
-from mmft.convert.xtuner_write import Arg, Call, Raw, path_of
+from mmft.convert.xtuner.names import SHUFFLING_SAMPLERS, data_map
+from mmft.convert.xtuner.report import Node, Report, last_name, shown
+from mmft.convert.xtuner.syntax import Named
+from mmft.convert.xtuner.write import Arg, Call, Raw, path_of
 from mmft.errors import ConfigError, Problem
 from mmft.plugins import Plugins
 
@@ -24,7 +24,7 @@ TEXT_SAME = (
     "with_image_token",
 )
 LLAVA_SAME = ("tokenizer", "image_processor", "offline_processed_text_folder")
-NATIVE_FORMAT = "xtuner"  # the data map of `conversation` lists, where a plugin has one
+NATIVE_FORMAT = "xtuner"  # the data map of `conversation` lists
 FILES = {"json": "json", "csv": "csv", "parquet": "parquet", "text": "text"}  # `path` of load_dataset -> data source
 
 
@@ -127,11 +127,6 @@ def _dataset(part: Node, draft: DataDraft, plugins: Plugins, report: Report, *, 
 
 def _map_name(part: Node, function: Any, plugins: Plugins, report: Report) -> str:
     """The data map of a `dataset_map_fn`; a function of the user's own is an edit."""
-    if function is None and NATIVE_FORMAT not in plugins.data_maps.names():
-        report.edit(
-            f"{part.where('dataset_map_fn')}: none, so the records are XTuner's own form, "
-            '{"conversation": [{"input": ..., "output": ...}]}; bring them in a format of `mmft data formats`'
-        )
     if function is None:
         return NATIVE_FORMAT
     name = data_map(last_name(function))
@@ -149,7 +144,10 @@ def _template(part: Node, chosen: str, draft: DataDraft, plugins: Plugins, repor
     value = part.take("template_map_fn")
     template = value.get("template") if isinstance(value, dict) else value
     if template is None:
-        if chosen != "pretrain":
+        if chosen == NATIVE_FORMAT:
+            where = part.where("template_map_fn")
+            report.differ(f"{where}: none; documents need none, questions get the model's own (data.chat_template)")
+        elif chosen != "pretrain":
             report.edit(f"{part.where('template_map_fn')}: none; choose data.chat_template, 'auto' is the model's own")
         return
     name = last_name(template)

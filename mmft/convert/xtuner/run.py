@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from mmft.convert.xtuner_model import ModelDraft
-from mmft.convert.xtuner_names import BUILT_IN_HOOKS, OPTIMIZERS, TRACKERS
-from mmft.convert.xtuner_report import Node, Report, last_name, shown
-from mmft.convert.xtuner_write import Call, path_of
+from mmft.convert.xtuner.model import ModelDraft
+from mmft.convert.xtuner.names import BUILT_IN_HOOKS, OPTIMIZERS, TRACKERS
+from mmft.convert.xtuner.report import Node, Report, last_name, shown
+from mmft.convert.xtuner.write import Call, path_of
 
 WARM_UPS = {"LinearLR", "ConstantLR"}
 SCHEDULES = {"CosineAnnealingLR": "cosine", "PolyLR": "polynomial", "LinearLR": "linear", "ConstantLR": "constant"}

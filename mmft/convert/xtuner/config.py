@@ -11,12 +11,12 @@ from typing import Any
 
 from mmft import __version__
 from mmft.config.foreign import is_xtuner_config
-from mmft.convert.xtuner_ast import read_assignments
-from mmft.convert.xtuner_data import data_call, draft_data
-from mmft.convert.xtuner_model import ModelDraft, draft_model
-from mmft.convert.xtuner_report import Node, Report, shown
-from mmft.convert.xtuner_run import draft_optim, draft_runtime
-from mmft.convert.xtuner_write import Arg, Call, source
+from mmft.convert.xtuner.data import data_call, draft_data
+from mmft.convert.xtuner.model import ModelDraft, draft_model
+from mmft.convert.xtuner.report import Node, Report, shown
+from mmft.convert.xtuner.run import draft_optim, draft_runtime
+from mmft.convert.xtuner.syntax import read_assignments
+from mmft.convert.xtuner.write import Arg, Call, source
 from mmft.errors import ConfigError, Problem
 from mmft.plugins import Plugins
 

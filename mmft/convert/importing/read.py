@@ -1,31 +1,39 @@
-"""Read what LLaVA, XTuner and TinyLLaVA leave behind: the weights of projectors and LoRA adapters, by our names.
+"""Read what LLaVA, XTuner and TinyLLaVA leave behind: projectors, adapters and trained weights, by our names.
 
-Pickled files are read for their tensors alone (`weights_only=True`). Layouts: haotian-liu/LLaVA@c121f04
-llava/train/train.py, InternLM/xtuner@v0.1.23 xtuner/model/llava.py, TinyLLaVA_Factory@53f12c7
-tinyllava/model/connector.
+Layouts: haotian-liu/LLaVA@c121f04 llava/train/train.py, InternLM/xtuner@v0.1.23 xtuner/model/{llava,sft}.py,
+TinyLLaVA_Factory@53f12c7 tinyllava/model/connector. How files are read is in `import_files`; whole models, which say
+themselves what they are, are in `import_whole`.
 """
 
 import json
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mmft.convert.importing.files import State, is_deepspeed, read_deepspeed, read_tensors
 from mmft.errors import CheckpointError
+from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS
+from mmft.modeling.checkpoint import MANIFEST, read_manifest
 
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight")
 LAYER_KEY = re.compile(r"(?:(\d+)\.)?(weight|bias)")
 # What stands before a projector's own keys: LLaVA's, inside peft or not; XTuner's folder and .pth; TinyLLaVA's.
 PROJECTOR_KEY = re.compile(r"(?:.*\.)?(?:mm_projector|_connector|projector|model)\.((?:\d+\.)?(?:weight|bias))")
-FORMS = (
-    "an mm_projector.bin, a LLaVA run with non_lora_trainables.bin, a folder with projector/ (XTuner) or connector/ "
-    "(TinyLLaVA), or XTuner's .pth"
+# Where XTuner's pth_to_hf and TinyLLaVA put what was trained whole; XTuner's language model is the folder itself.
+WHOLES = (
+    (".", "llm"),
+    ("llm", "llm"),
+    ("language_model", "llm"),
+    ("visual_encoder", "encoder"),
+    ("vision_tower", "encoder"),
 )
-State = dict[str, Tensor]
+FORMS = (
+    "an mm_projector.bin, a LLaVA run with non_lora_trainables.bin, a whole LLaVA-1.5 or llava-hf model, a folder with "
+    "projector/ (XTuner) or connector/ (TinyLLaVA), XTuner's .pth, a file or a folder, or a model folder of mmft"
+)
 
 
 @dataclass
@@ -38,13 +46,15 @@ class Adapter:
 
 @dataclass
 class Found:
-    """What a source holds. `names` are the models it says it was trained with."""
+    """What a source holds. `names` are the models it says it was trained with; `*_weights` those trained whole."""
 
     projector: State = field(default_factory=dict)
     llm: Adapter | None = None
     vision: Adapter | None = None
+    llm_weights: State = field(default_factory=dict)
+    vision_weights: State = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)  # folders with whole models, which are named, not copied
+    whole: dict[str, Path] = field(default_factory=dict)  # "llm", "encoder": folders, which are named, not copied
 
     @property
     def projector_name(self) -> str:
@@ -54,13 +64,17 @@ class Found:
 
 
 def read_foreign(source: Path) -> Found:
-    """What a file or folder of LLaVA, XTuner or TinyLLaVA holds."""
-    if source.is_file() and source.suffix != ".pth":
-        return Found(projector=_projector(read_tensors(source), source))
-    if (source / "mp_rank_00_model_states.pt").is_file():  # XTuner under DeepSpeed: a folder named iter_500.pth
-        return _xtuner_checkpoint(read_tensors(source / "mp_rank_00_model_states.pt"), source)
+    """What a file or folder of LLaVA, XTuner, TinyLLaVA or mmft holds. Raises `CheckpointError` where it is none."""
     if source.is_file():
-        return _xtuner_checkpoint(read_tensors(source), source)
+        state = read_tensors(source)
+        if source.suffix == ".pth":
+            return _xtuner_checkpoint(state, source)
+        names = _own_names(source.parent) or _llava_names(source.parent)
+        return Found(projector=read_projector(state, source), names=names)
+    if (source / MANIFEST).is_file():  # before DeepSpeed's files, which a checkpoint of ours may have beside the model
+        return _own_folder(source)
+    if is_deepspeed(source):  # XTuner under DeepSpeed: a folder named iter_500.pth
+        return _xtuner_checkpoint(read_deepspeed(source), source)
     for name in ("non_lora_trainables.bin", "mm_projector.bin"):
         if (source / name).is_file():
             return _llava_run(source, name)
@@ -72,42 +86,7 @@ def read_foreign(source: Path) -> Found:
     raise CheckpointError(f"{source} is nothing to import; give {FORMS}")
 
 
-def read_tensors(path: Path) -> State:
-    """The tensors of a safetensors or torch file, those of `state_dict` or `module` where it has one.
-
-    Raises `CheckpointError` for a pickle that holds more than tensors: reading it could run code.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than weights, and reading that could run code; save its state_dict alone, or convert "
-            f"it where it was made (xtuner convert pth_to_hf): {_reason(error)}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
-    for key in ("state_dict", "module"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: holds no plain table of weights")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return (lines or str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _projector(state: State, where: Path) -> State:
+def read_projector(state: State, where: Path) -> State:
     """The keys of our projectors, `0.weight`, `2.weight`, or `weight` of a linear one."""
     found: State = {}
     for key, tensor in state.items():
@@ -133,7 +112,7 @@ def _llava_run(source: Path, name: str) -> Found:
     other = [key for key in state if "mm_projector." not in key]
     if other:
         raise CheckpointError(f"{source / name}: also holds {other[0]} ({len(other)} such), which has no place in mmft")
-    found = Found(projector=_projector(state, source / name), names=_llava_names(source))
+    found = Found(projector=read_projector(state, source / name), names=_llava_names(source))
     if (source / "adapter_config.json").is_file():
         found.llm = _adapter(source)
     elif name == "non_lora_trainables.bin":
@@ -141,13 +120,43 @@ def _llava_run(source: Path, name: str) -> Found:
     return found
 
 
-def _llava_names(source: Path) -> dict[str, str]:
+def _llava_names(folder: Path) -> dict[str, str]:
+    """The models that LLaVA's trainer wrote down, where there are any."""
     try:
-        content = json.loads((source / "config.json").read_text("utf-8"))
+        content = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    names = {"encoder": content.get("mm_vision_tower"), "llm": content.get("_name_or_path")}
+    if not isinstance(content, dict) or "mm_vision_tower" not in content:  # some other model's
+        return {}
+    names = {"encoder": content["mm_vision_tower"], "llm": content.get("_name_or_path")}
     return {key: value for key, value in names.items() if isinstance(value, str) and value}
+
+
+def _own_names(folder: Path) -> dict[str, str]:
+    """The models that a model folder of ours names, where there is one."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    model = read_manifest(folder, verify=False).model
+    encoder = str(model.vision.encoder.options.get("path", "")) if model.vision else ""
+    return {"llm": model.llm.path} | ({"encoder": encoder} if encoder else {})
+
+
+def _own_folder(source: Path) -> Found:
+    """A model folder of ours: its projector and its adapters."""
+    manifest = read_manifest(source)
+    found = Found(names=_own_names(source))
+    if (source / PROJECTOR).is_file():
+        found.projector = read_projector(read_tensors(source / PROJECTOR), source / PROJECTOR)
+    if manifest.model.llm.lora and (source / ADAPTER).is_dir():
+        found.llm = _adapter(source / ADAPTER)
+    if manifest.model.vision and manifest.model.vision.lora and (source / VISION_ADAPTER).is_dir():
+        found.vision = _adapter(source / VISION_ADAPTER)
+    if (source / LLM_FOLDER).is_dir():
+        found.whole["llm"] = source / LLM_FOLDER
+        found.names["llm"] = str(source / LLM_FOLDER)
+    if (source / VISION_WEIGHTS).is_file():
+        found.vision_weights = read_tensors(source / VISION_WEIGHTS)
+    return found
 
 
 def _folders(source: Path, name: str) -> Found:
@@ -160,7 +169,7 @@ def _folders(source: Path, name: str) -> Found:
     recorded = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (activation := recorded.get("hidden_act", "gelu")) != "gelu":
         raise CheckpointError(f"{folder}: its activation is {activation}; the projectors of mmft have gelu")
-    found = Found(projector=_projector(read_tensors(weights), weights))
+    found = Found(projector=read_projector(read_tensors(weights), weights))
     if (source / "llm_adapter").is_dir():
         found.llm = _adapter(source / "llm_adapter")
     if (source / "visual_encoder_adapter").is_dir():
@@ -168,9 +177,14 @@ def _folders(source: Path, name: str) -> Found:
     for part, adapter in (("llm", found.llm), ("encoder", found.vision)):
         if adapter and adapter.settings.get("base_model_name_or_path"):
             found.names[part] = str(adapter.settings["base_model_name_or_path"])
-    wholes = ("llm", "visual_encoder", "language_model", "vision_tower")
-    found.whole = [part for part in wholes if (source / part).is_dir()]
+    found.whole = {part: source / name for name, part in WHOLES if is_model(source / name)}
     return found
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a whole model as transformers saves one."""
+    weights = ("model*.safetensors", "pytorch_model*.bin")
+    return (folder / "config.json").is_file() and any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -204,24 +218,26 @@ def _lora_weights(state: State, where: Path) -> dict[tuple[str, str], Tensor]:
 
 
 def _xtuner_checkpoint(state: State, source: Path) -> Found:
-    """XTuner's .pth: only what trained, as `projector.*`, `llm.*lora*`, `visual_encoder.*lora*`."""
+    """XTuner's .pth: only what trained, as `projector.*`, `llm.*` and `visual_encoder.*`, adapters or whole."""
     parts: dict[str, State] = {}
     for key, tensor in state.items():
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     unknown = sorted(parts.keys() - {"projector", "llm", "visual_encoder"})
-    if unknown or "projector" not in parts:
-        raise CheckpointError(f"{source} is no LLaVA checkpoint of XTuner: its parts are {', '.join(sorted(parts))}")
-    found = Found(projector=_projector(parts["projector"], source))
-    for part in ("llm", "visual_encoder"):
-        whole = [key for key in parts.get(part, {}) if ".lora_" not in key]
-        if whole:
-            raise CheckpointError(
-                f"{source}: {part} was trained whole ({len(whole)} weights, such as {whole[0]}); write it as folders "
-                "with xtuner convert pth_to_hf, and name the folder in the config"
-            )
-    if "llm" in parts:
-        found.llm = Adapter({}, _lora_weights(parts["llm"], source))
-    if "visual_encoder" in parts:
-        found.vision = Adapter({}, _lora_weights(parts["visual_encoder"], source))
+    if unknown or not parts:
+        raise CheckpointError(
+            f"{source} is no checkpoint of XTuner: its parts are {', '.join(sorted(parts)) or 'none'}"
+        )
+    found = Found()
+    if "projector" in parts:
+        found.projector = read_projector(parts["projector"], source)
+    found.llm, found.llm_weights = _part(parts.get("llm", {}), source)
+    found.vision, found.vision_weights = _part(parts.get("visual_encoder", {}), source)
     return found
+
+
+def _part(state: State, source: Path) -> tuple[Adapter | None, State]:
+    """An adapter, whose settings the file does not hold, or all weights of a part."""
+    if any(".lora_" in key for key in state):
+        return Adapter({}, _lora_weights(state, source)), {}
+    return None, state

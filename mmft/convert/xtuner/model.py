@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmft.convert.xtuner_ast import Named
-from mmft.convert.xtuner_names import ENCODERS, NATIVE, OTHER_METHODS, image_tokens
-from mmft.convert.xtuner_report import Node, Report, shown
-from mmft.convert.xtuner_write import Arg, Call, Raw, path_of
+from mmft.convert.xtuner.names import ENCODERS, NATIVE, OTHER_METHODS, image_tokens
+from mmft.convert.xtuner.report import Node, Report, shown
+from mmft.convert.xtuner.syntax import Named
+from mmft.convert.xtuner.write import Arg, Call, Raw, path_of
 from mmft.errors import ConfigError, Problem
 
 # bitsandbytes settings that are the same here, or only matter for what is not offered

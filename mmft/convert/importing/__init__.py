@@ -1,0 +1,1 @@
+"""Models and parts of models that other programs trained, as mmft has them."""

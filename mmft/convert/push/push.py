@@ -1,0 +1,174 @@
+"""`mmft convert push`: a trained or converted model to Hugging Face or ModelScope, with a card of what the run wrote.
+
+Read `plan_push` first: it finds the files and writes the card, without network and token. `send` uploads them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mmft.convert.push.files import CARD, PushError, Upload, cleaned, refuse_private, sort_out, stage
+from mmft.convert.push.hubs import Target, check_repo, find_token, push
+from mmft.convert.push.model_card import Kind, Wishes, gather, renamed, write_card
+
+PARITY = "parity.json"
+FLAGS = {"llm": "--base-model OWNER/NAME", "vision": "--base-vision OWNER/NAME"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be uploaded. `left_out` says of each other file why; `notes` are what a person should know first."""
+
+    repo: str
+    hub: str
+    uploads: tuple[Upload, ...]
+    left_out: Mapping[str, str]
+    card: str
+    notes: tuple[str, ...]
+    license: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(upload.size for upload in self.uploads)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The folder behind MODEL, what it is, its manifest (or that of the run it was made from), and that run."""
+
+    folder: Path
+    kind: Kind
+    manifest: Mapping[str, Any]
+    run: Path | None
+
+
+def plan_push(
+    model: str,
+    repo: str,
+    hub: str,
+    *,
+    wishes: Wishes,
+    run: str | None = None,
+    unverified: bool = False,
+    overwrite_card: bool = False,
+) -> Plan:
+    """Find what MODEL is, which files of it go, and write its card. Nothing on disk changes.
+
+    Raises `PushError` for what is no finished model, was not verified, or would tell of this machine;
+    `CheckpointError` for a damaged one.
+    """
+    check_repo(repo, hub)
+    found = find(model, run)
+    parity = _read(found.folder / PARITY) if (found.folder / PARITY).is_file() else None
+    proved = found.kind == "run" or (parity is not None and parity.get("verified") is True)
+    if not proved and not unverified:
+        raise PushError(_not_proved(found.folder, parity))
+    listed = found.manifest["files"] if found.kind in ("run", "merged") else None
+    taken, left = sort_out(found.folder, listed)
+    uploads = cleaned(taken, renamed(found.manifest, wishes))
+    facts = gather(
+        found.kind, found.folder, found.manifest, found.run, parity, wishes, [upload.name for upload in uploads]
+    )
+    own = found.folder / CARD
+    notes = []
+    if own.is_file() and not overwrite_card:
+        card = own.read_text("utf-8")
+        notes.append(f"{own} is your own and is kept; --overwrite-card writes a new one")
+    else:
+        card = write_card(facts, wishes, repo, hub, unverified=not proved)
+        uploads = [one for one in uploads if one.name != CARD] + [Upload(CARD, own, card.encode("utf-8"))]
+        notes += _notes(found, facts.bases, wishes)
+    refuse_private(uploads)
+    return Plan(repo, hub, tuple(sorted(uploads, key=lambda one: one.name)), left, card, tuple(notes), wishes.license)
+
+
+def send(plan: Plan, *, private: bool = False, branch: str | None = None, message: str | None = None) -> str:
+    """Upload what was planned, and return the address. Raises `PushError`."""
+    target = Target(
+        repo=plan.repo, token=find_token(plan.hub), message=message or "mmft convert push", private=private,
+        branch=branch, license=plan.license,
+    )  # fmt: skip
+    with TemporaryDirectory(prefix="mmft-push-") as temporary:
+        folder = Path(temporary) / plan.repo.rpartition("/")[2]
+        folder.mkdir()
+        stage(list(plan.uploads), folder)
+        return push(folder, plan.hub, target)
+
+
+def find(model: str, run: str | None) -> Found:
+    """The folder behind MODEL: a converted one as it stands, else a model folder of ours, or the `final/` of a run."""
+    folder = Path(model)
+    if folder.name.endswith(".unproved"):
+        raise PushError(f"{folder} is what a conversion left that did not hold; see {PARITY} in it, and convert again")
+    if any(folder.glob("*.gguf")):
+        return _converted(folder, "gguf", run)
+    if "model_type" in _read(folder / "config.json") and not (folder / "mmft.json").is_file():
+        return _converted(folder, "hf", run)
+    ours, manifest = _our_folder(model)
+    where = Path(run) if run else ours.parent
+    return Found(ours, "merged" if "merged" in manifest else "run", manifest, _run_folder(where))
+
+
+def _converted(folder: Path, kind: Kind, run: str | None) -> Found:
+    manifest: Mapping[str, Any] = {}
+    source = run or _read(folder / PARITY).get("source")
+    if source and (run or Path(source).exists()):
+        ours, manifest = _our_folder(str(source))
+        return Found(folder, kind, manifest, _run_folder(ours.parent))
+    return Found(folder, kind, manifest, None)
+
+
+def _our_folder(reference: str) -> tuple[Path, dict[str, Any]]:
+    """A whole model folder of ours and its manifest. A checkpoint is one only where it is named itself."""
+    from mmft.inference import find_model
+    from mmft.modeling.checkpoint import MANIFEST, read_manifest
+
+    folder = find_model(reference)
+    if folder.resolve() != Path(reference).resolve() and folder.name.startswith("checkpoint-"):
+        raise PushError(f"{reference} is not finished: it has no final/; let it end, or name {folder} to push that")
+    read_manifest(folder)  # every file is whole
+    return folder, _read(folder / MANIFEST)
+
+
+def _run_folder(folder: Path) -> Path | None:
+    return folder if (folder / "metrics.jsonl").is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _not_proved(folder: Path, parity: Mapping[str, Any] | None) -> str:
+    if parity is None:
+        why = f"it has no {PARITY}: nobody compared it with the model it was made from; make it with `mmft convert`"
+    else:
+        reason = parity.get("refusal") or parity.get("note") or "no reason is given"
+        how = f"; to verify it: {parity['command']}" if parity.get("command") else ""
+        why = f"{PARITY} says that it is not verified: {reason}{how}"
+    return f"{folder} was not pushed: {why}; or push it as it is with --unverified, and its card says so"
+
+
+def _notes(found: Found, bases: Any, wishes: Wishes) -> list[str]:
+    """What would make the card better."""
+    notes = []
+    if not found.manifest:
+        notes.append("the card does not know the training; name the run with --run")
+    elif found.run is None:
+        notes.append("the card has no metrics: no metrics.jsonl beside the model; name the run with --run")
+    load = "others cannot load it" if found.kind in ("run", "merged") else "the card has no link to it"
+    notes += [
+        f"{base.name!r} is known only by its place on this disk, so {load}; its name on the hub: {FLAGS[base.part]}"
+        for base in bases
+        if base.hub_id is None
+    ]
+    if wishes.license is None:
+        notes.append("the card names no licence; choose one that the base models allow with --license, as apache-2.0")
+    return notes

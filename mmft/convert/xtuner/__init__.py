@@ -1,0 +1,1 @@
+"""Configs of XTuner 0.1 as configs of mmft."""

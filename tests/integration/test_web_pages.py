@@ -1,0 +1,284 @@
+"""Pages of this process: two models beside each other, other languages, the queue's bound, passwords, and the turns."""
+
+import json
+import sys
+import urllib.error
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from playwright.sync_api import Browser, expect
+from web_visitors import BOX, NO_PROXY, STOP, Visitor, chromium, free_port
+
+from mmft.chat.tools import ToolUse
+from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures, logins, short_names
+from mmft.chat.web.server import check, launch
+from mmft.chat.web.turns import Answer, Seat, Style, Turn, answered, edited, history, shown, turn_at
+from mmft.chat.web.words import WORDS, say
+from mmft.cli.talk import web
+from mmft.errors import MmftError
+from mmft.inference import Assistant, Generation, find_model, load_assistant
+from mmft.plugins import load_plugins
+from mmft.types import ToolCall
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield
+
+
+def load(run: Path) -> Assistant:
+    return load_assistant(find_model(str(run)), load_plugins(), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def reading(tiny_text_run: Path) -> Assistant:
+    return load(tiny_text_run)
+
+
+@contextmanager
+def served(seats: Sequence[Seat], auth: Sequence[str] = (), **options: Any) -> Iterator[str]:
+    from mmft.chat.web.page import build_page
+
+    with closing(build_page(seats, PageOptions(**options))) as page:
+        yield launch(page, ServeOptions(port=free_port(), auth=auth))[1].rstrip("/")
+
+
+@contextmanager
+def visiting(browser: Browser, address: str, locale: str = "en-US") -> Iterator[Visitor]:
+    with closing(browser.new_context(locale=locale)) as context:
+        yield Visitor(context.new_page(), address)
+
+
+def test_two_models_answer_one_question_each_with_its_own_history(
+    browser: Browser, tiny_run: Path, reading: Assistant
+) -> None:
+    seats = [Seat("sees", load(tiny_run)), Seat("reads", reading)]
+    generation = Generation(max_new_tokens=20)
+    with served(seats, generation=generation) as address, visiting(browser, address) as visitor:
+        assert visitor.page.locator("#chats h2").all_inner_texts() == ["sees", "reads"]
+        visitor.attach(tiny_run.parent / "red.png")
+        visitor.ask("What is it?")
+        visitor.expect_answers("A picture.")
+        refused = (
+            "⚠ not answered: red.png: this is a text model, it takes no pictures; train one with model.vision to ask"
+        )
+        visitor.expect_answers(refused, column=1)
+        visitor.ask("Again?")
+        expect(visitor.page.locator("#chat-0 [data-testid=bot]")).to_have_count(2)
+        visitor.expect_answers(refused, "Again what?", column=1)  # to this model it is the first question
+        visitor.start_anew()
+        visitor.ask("Say hello.")
+        for column in (0, 1):
+            visitor.expect_answers("Hello there.", column=column)
+        expect(visitor.page.locator(BOX)).to_be_enabled()
+        visitor.page.locator("#chat-1").get_by_role("button", name="Edit").click()
+        visitor.page.locator(".edit-textarea").fill("Again?")
+        visitor.page.locator("#chat-1").get_by_role("button", name="Submit").click()
+        for column in (0, 1):
+            visitor.expect_answers("Again what?", column=column)
+        expect(visitor.page.locator(BOX)).to_be_enabled()
+        visitor.page.locator("#chat-1").get_by_role("button", name="Retry").click()
+        for column in (0, 1):
+            visitor.expect_answers("Again what?", column=column)
+
+
+def test_the_page_speaks_chinese_to_a_chinese_browser_or_where_it_is_told_to(
+    browser: Browser, reading: Assistant
+) -> None:
+    for options, locale in (({}, "zh-CN"), ({"language": "zh"}, "en-US")):
+        with served([Seat("reads", reading)], **options) as address, visiting(browser, address, locale) as visitor:
+            expect(visitor.page.get_by_role("button", name="新对话")).to_be_visible()
+            expect(visitor.page.locator(BOX)).to_have_attribute("placeholder", "输入问题")
+            visitor.page.get_by_role("button", name="你是谁？").click()
+            expect(visitor.page.locator(BOX)).to_have_value("你是谁？")
+            visitor.page.get_by_role("button", name="设置").click()
+            visitor.page.get_by_label("随机种子").fill("x")
+            visitor.ask("你是谁？")
+            visitor.expect_answers("⚠ 未能回答: seed=x: allowed is a whole number")
+            hidden = visitor.page.locator("#chat-0 button:visible").all()
+            assert [button.get_attribute("aria-label") for button in hidden] in (["编辑", "重试"], ["Edit", "Retry"])
+
+
+@pytest.fixture
+def endless(reading: Assistant) -> Iterator[str]:
+    """The page of a model that repeats itself and never ends, so that it answers again only once it was stopped."""
+    config = reading.model.causal_lm.config
+    before, config.max_position_embeddings = config.max_position_embeddings, 200_000
+    generation = Generation(max_new_tokens=100_000, repetition_penalty=0.01)
+    with served([Seat("reads", reading)], generation=generation, max_waiting=1) as address:
+        yield address
+    config.max_position_embeddings = before
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, endless: str) -> None:
+    with visiting(browser, endless) as visitor:
+        assert visitor.page.locator("input[type=file]").count() == 0  # a text model has no control for pictures
+        for turn in range(2):
+            visitor.ask("Say hello.")
+            answer = visitor.page.locator("[data-testid=bot]").nth(turn)
+            expect(answer).not_to_be_empty()
+            visitor.page.locator(STOP).click()
+            expect(visitor.page.locator(BOX)).to_be_enabled()
+            kept = answer.inner_text()
+            visitor.page.wait_for_timeout(500)
+            assert answer.inner_text() == kept != ""
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_a_closed_page_frees_the_model(browser: Browser, endless: str) -> None:
+    for _ in range(2):
+        with visiting(browser, endless) as visitor:
+            visitor.ask("Say hello.")
+            expect(visitor.page.locator("[data-testid=bot]")).not_to_be_empty()
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_a_question_beyond_the_bound_of_the_queue_or_stopped_in_it_says_so(browser: Browser, endless: str) -> None:
+    with (
+        visiting(browser, endless) as first,
+        visiting(browser, endless) as second,
+        visiting(browser, endless) as third,
+    ):
+        first.ask("Say hello.")
+        expect(first.page.locator("[data-testid=bot]")).not_to_be_empty()
+        with second.page.expect_response("**/queue/join*"):
+            second.ask("Say hello.")
+        third.ask("Say hello.")
+        stopped_or_full = "it did not begin: it was stopped, or 1 questions are waiting already; ask again in a while"
+        line = f"⚠ not answered: {stopped_or_full}"
+        third.expect_answers(line)
+        expect(third.page.locator(".chat > .wrap .error")).to_be_hidden()  # gradio's word across the conversation
+        second.page.locator(STOP).click()
+        second.expect_answers(line)
+        first.page.locator(STOP).click()
+        expect(first.page.locator(BOX)).to_be_enabled()
+        third.page.get_by_role("button", name="Retry").click()
+        expect(third.page.locator("[data-testid=bot]")).not_to_have_text(line)
+        expect(third.page.locator("[data-testid=bot]")).not_to_be_empty()
+
+
+def test_turns_once_dropped_stay_dropped_and_what_was_computed_is_used_again(reading: Assistant) -> None:
+    seat, style = Seat("reads", reading), Style(generation=Generation(max_new_tokens=20), max_context=160)
+    turns: tuple[Turn, ...] = ()
+    reused, dropped = [], []
+    for _ in range(12):
+        *_, turn = answered([seat], style, Turn("Say hello."), turns)
+        turns = (*turns, turn)
+        assert seat.memory.usage is not None
+        reused.append(seat.memory.usage.reused_tokens / seat.memory.usage.prompt_tokens)
+        dropped.append(turn.answers[0].notice is not None)
+    assert 0 < sum(dropped) < 6, "turns are dropped, and not anew with every question"
+    after = [share for share, drop in zip(reused, dropped, strict=True) if not drop][1:]
+    assert min(after) > 0.5
+    assert (len(shown(turns)), len(history(turns)) < len(turns) * 2) == (24 + sum(dropped), True)
+
+
+def test_a_stopped_answer_is_told_to_the_model_and_an_error_is_not() -> None:
+    stopped, wrong = Answer(("Hel",)), Answer(error="no such file")
+    turns = (Turn("Hi", answers=(stopped,)), Turn("See?", ("a.png",), (wrong,)))
+    assert [(message.role, message.text) for message in history(turns)] == [("user", "Hi"), ("assistant", "Hel")]
+
+
+def test_the_use_of_a_tool_is_shown_where_it_happened_and_as_text(browser: Browser, reading: Assistant) -> None:
+    use = ToolUse(ToolCall("<b>x</b>", {"text": "<img src=x onerror=window.ran=1>"}), "<script>window.ran=2</script>")
+    messages = shown([Turn("Hi", answers=(Answer(("One ", use, "moment.")),))])
+    assert [part["role"] for part in messages] == ["user", "assistant", "assistant", "assistant"]
+    assert messages[2]["metadata"]["title"] == "⚙ <\u2060b>x<\u2060/b>"
+    text = "text: &lt;img src=x onerror=window.ran=1&gt;\n→ &lt;script&gt;window.ran=2&lt;/script&gt;"
+    assert messages[2]["content"] == [{"type": "text", "text": text}]
+
+
+def test_a_text_too_long_for_everybody_else_is_refused(reading: Assistant) -> None:
+    *_, turn = answered([Seat("reads", reading)], Style(language="zh"), Turn("字" * 200_001))
+    assert turn.answers[0].error == "文本有 200,001 个字符，最多允许 200,000 个，请缩短"
+
+
+def test_an_edited_message_is_found_and_freed_of_what_made_it_harmless() -> None:
+    given = Answer(("yes",))
+    turns = (Turn("a < b && <i>", ("x.png",), (given,)), Turn("two", answers=(given,)))
+    messages = shown(turns)
+    assert [turn_at(turns, place) for place in range(len(messages))] == [0, 0, 0, 1, 1]
+    assert (messages[1]["content"][0]["text"], edited("a < b && <\u2060i>")) == ("a < b && <\u2060i>", turns[0].text)
+
+
+def test_only_who_has_a_password_comes_in(reading: Assistant) -> None:
+    with served([Seat("reads", reading)], auth=["ann:a:b", "bob:c"]) as address:
+        for path in ("config", "gradio_api/queue/data?session_hash=x"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                NO_PROXY.open(f"{address}/{path}")
+            assert refused.value.code == 401
+        for login, accepted in (("username=ann&password=a:b", True), ("username=ann&password=c", False)):
+            try:
+                assert json.load(NO_PROXY.open(f"{address}/login", login.encode())) == {"success": True}
+                assert accepted
+            except urllib.error.HTTPError as error:
+                assert (error.code, accepted) == (400, False)
+
+
+@pytest.mark.parametrize(
+    ("auth", "line"), [(["ann"], "not USER:PASSWORD"), (["ann:"], "neither empty"), (["a:b", "a:c"], "given twice")]
+)
+def test_a_login_that_is_wrong_is_refused_without_its_password(auth: list[str], line: str) -> None:
+    with pytest.raises(MmftError, match=line) as refused:
+        logins(auth)
+    assert "b" not in str(refused.value).replace("be", "") or auth[0] != "a:b"
+
+
+def test_passwords_are_taken_from_the_environment() -> None:
+    result = CliRunner().invoke(web, env={"MMFT_WEB_AUTH": "ann:secret bob"})
+    assert "not USER:PASSWORD" in str(result.exception) and "secret" not in str(result.exception)
+
+
+def test_a_port_in_use_is_one_clear_error() -> None:
+    import socket
+
+    with (
+        closing(socket.create_server(("127.0.0.1", 0))) as taken,
+        pytest.raises(
+            MmftError, match=r"^cannot serve on 127\.0\.0\.1:\d+: Address already in use; give another --port"
+        ),
+    ):
+        check(ServeOptions(port=taken.getsockname()[1]))
+
+
+def test_without_gradio_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MmftError, match=r'^the page needs gradio; run: pip install "mmft\[web\]"$'):
+        check(ServeOptions(port=free_port()))
+
+
+def test_models_are_named_by_what_tells_them_apart() -> None:
+    assert short_names(["work_dirs/base/final", "work_dirs/tuned/final"]) == ["base", "tuned"]
+    assert short_names(["a/run/final", "b/run/final"]) == ["a/run", "b/run"]
+    assert short_names(["work_dirs/tuned/checkpoint-90"]) == ["tuned/checkpoint-90"]
+    assert short_names(["org/model"]) == ["model"]
+
+
+def test_a_folder_without_pictures_has_no_examples(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    for folder, line in ((tmp_path, "no pictures in it"), (tmp_path / "x", "no such folder")):
+        with pytest.raises(MmftError, match=line):
+            example_pictures(folder)
+    (tmp_path / "b.JPG").write_bytes(b"")
+    assert example_pictures(tmp_path) == [tmp_path / "b.JPG"]
+
+
+def test_every_sentence_of_the_page_is_there_in_both_languages() -> None:
+    values = {"most": 1, "found": 1, "error": "x"}
+    for key, (english, chinese) in WORDS.items():
+        assert english and chinese and english.count("{") == chinese.count("{")
+        assert say("en", key, **values) and say("zh", key, **values)
