@@ -2,7 +2,7 @@
 
 LLaVA's takes a projector of one or two linear layers, InternVL's one of pixel shuffle, LayerNorm and one or two linear
 layers after a ViT of its kind. Whatever else is made of linear layers, GELU, LayerNorm and pixel shuffle gets
-`hf_modeling` written beside the weights. Idefics3 and SmolVLM have pixel shuffle and one linear layer too, but run a
+`modeling` written beside the weights. Idefics3 and SmolVLM have pixel shuffle and one linear layer too, but run a
 final LayerNorm over the encoder's output, which is in no hidden state, and put tokens around a picture that were not
 trained: nothing fits.
 """
@@ -220,7 +220,7 @@ def _remote(seeing: Seeing) -> Composed:
 
 def remote_code() -> bytes:
     """The text of the module that is written beside weights no class of transformers has a place for."""
-    return (Path(__file__).parent / "hf_modeling.py").read_bytes()
+    return (Path(__file__).parent / "modeling.py").read_bytes()
 
 
 def _llava_config(seeing: Seeing, *, kind: Any = None, **options: Any) -> Any:

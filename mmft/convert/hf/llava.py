@@ -1,6 +1,6 @@
 """`mmft convert hf`: a trained model as transformers' own classes, for everything that opens those.
 
-A model that sees becomes the class of `hf_classes` that has a place for its parts, mostly LLaVA's, with a
+A model that sees becomes the class of `classes` that has a place for its parts, mostly LLaVA's, with a
 `LlavaProcessor`; a text model a plain causal LM. Weights have the spelling of the hub's models, so that transformers 4,
 vLLM and surgery scripts know them too.
 """

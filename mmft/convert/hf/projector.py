@@ -30,7 +30,7 @@ class ProjectorLayout:
         return tuple(type(layer) for layer in self.layers)
 
     def specs(self) -> list[list[str | float]]:
-        """The layers as plain values, as `hf_modeling` builds them again."""
+        """The layers as plain values, as `modeling` builds them again."""
         return [_spec(layer) for layer in self.layers]
 
     def biases(self) -> Sequence[bool]:

@@ -2,7 +2,7 @@
 
 The result is a folder a config starts from (`projector_weights`, `llm.adapter`, `vision.adapter`, `llm.path`), and with
 a config to hold it against a whole model folder, which `mmft chat` opens. A source that is a whole model needs no
-config: `import_whole`.
+config: `whole`.
 """
 
 import json

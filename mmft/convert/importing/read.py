@@ -1,8 +1,8 @@
 """Read what LLaVA, XTuner and TinyLLaVA leave behind: projectors, adapters and trained weights, by our names.
 
 Layouts: haotian-liu/LLaVA@c121f04 llava/train/train.py, InternLM/xtuner@v0.1.23 xtuner/model/{llava,sft}.py,
-TinyLLaVA_Factory@53f12c7 tinyllava/model/connector. How files are read is in `import_files`; whole models, which say
-themselves what they are, are in `import_whole`.
+TinyLLaVA_Factory@53f12c7 tinyllava/model/connector. How files are read is in `files`; whole models, which say
+themselves what they are, are in `whole`.
 """
 
 import json

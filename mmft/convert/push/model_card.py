@@ -266,7 +266,7 @@ def write_card(facts: Facts, wishes: Wishes, repo: str, hub: str, *, unverified:
     """The card: YAML for the hub, and the text of `card.LANGUAGE.md.jinja`."""
     import jinja2
 
-    template = files("mmft.convert").joinpath(f"card.{wishes.card_language}.md.jinja").read_text("utf-8")
+    template = files("mmft.convert.push").joinpath(f"card.{wishes.card_language}.md.jinja").read_text("utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     body = environment.from_string(template).render(
         facts=facts,
