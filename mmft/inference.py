@@ -95,8 +95,10 @@ class Assistant:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
-        finally:
+        except BaseException:  # nobody reads on
             cancel.set()
+            raise
+        finally:
             thread.join()
 
     def _write(self, prompt: TokenizedSample, generation: Generation, memory: Memory, writer: Writer) -> None:

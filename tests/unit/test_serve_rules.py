@@ -51,7 +51,7 @@ class Scripted(Assistant):
 
     def stream(
         self, conversation: Conversation, generation: Generation | None = None, memory: Memory | None = None,
-        *, marks: bool = False,
+        *, marks: bool = False, cancel: Any = None,
     ) -> Iterator[str]:  # fmt: skip
         assert memory is not None
         self.asked.append(conversation)
