@@ -5,7 +5,7 @@ Hugging Face names go to transformers as they are, which reads its own cache; Mo
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,31 @@ def seen_from(model: Model, folder: Path) -> Model:
         above = (parent / path for parent in folder.absolute().parents)
         return str(next((place for place in above if place.is_dir()), path))
 
-    model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": found(model.llm.path)})})
+    return _with_paths(model, found)
+
+
+def named_from(model: Model, folder: Path) -> Model:
+    """The other way: parts by the paths that `seen_from` finds again when it reads them in `folder`.
+
+    A relative path stays as it is where the folders above lead to it, else it becomes absolute. Names on a hub stay.
+    """
+
+    def name(path: str) -> str:
+        here = Path(path).absolute()
+        if Path(path).expanduser().is_absolute() or path.startswith("./") or not here.is_dir():
+            return path
+        above = (parent / path for parent in folder.absolute().parents)
+        first = next((place for place in above if place.is_dir()), None)
+        return path if first is not None and first.samefile(here) else str(here)
+
+    return _with_paths(model, name)
+
+
+def _with_paths(model: Model, change: Callable[[str], str]) -> Model:
+    """The model with each path or name of a part changed."""
+    model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": change(model.llm.path)})})
     if model.vision and isinstance(path := model.vision.encoder.options.get("path"), str):
-        encoder = Use(name=model.vision.encoder.name, options={**model.vision.encoder.options, "path": found(path)})
+        encoder = Use(name=model.vision.encoder.name, options={**model.vision.encoder.options, "path": change(path)})
         model = model.model_copy(update={"vision": model.vision.model_copy(update={"encoder": encoder})})
     return model
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mmft.config import Use
 from mmft.convert.chat_jinja import Proved, jinja_of
 from mmft.convert.parity import Report, ask_source, compare, free, probes, proved, settle, tolerance_for
 from mmft.convert.parts import Parts, load_parts
 from mmft.convert.results import OurResult, TransformersResult, load_trained
 from mmft.errors import ModelError
+from mmft.hub import named_from
 from mmft.inference import PRECISIONS
 from mmft.modeling.build import LLM_FOLDER, PROJECTOR, VISION_WEIGHTS
 from mmft.modeling.checkpoint import MANIFEST, file_hashes, read_manifest
@@ -45,7 +47,8 @@ def merge(
     """
     manifest = read_manifest(folder)
     precision = dtype or manifest.precision
-    with proved(out, overwrite=overwrite) as temporary, probes(pictures=manifest.model.vision is not None) as asked:
+    sees = manifest.model.vision is not None
+    with proved(out, overwrite=overwrite, sources=(folder, llm)) as temporary, probes(pictures=sees) as asked:
         source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
         answers = ask_source(OurResult(source), asked)
         del source
@@ -138,18 +141,36 @@ def set_generation(llm: Any, stop: Sequence[int], pad: int | None) -> None:
 
 
 def write_merged_manifest(temporary: Path, folder: Path, parts: Parts) -> None:
-    """`mmft.json` of a folder without adapters: as the source's, with what is no longer true taken out."""
+    """`mmft.json` of a folder without adapters: as the source's, with what is no longer true taken out.
+
+    Its language model lies in it, and so does an encoder that lies in the source; `merged` says what the former was.
+    """
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
+    was = content["model"]
     llm = parts.model.llm.model_copy(
-        update={"quantization": "none", "lora": None, "adapter": None, "trainable": False, "new_tokens": ()}
+        update={
+            "path": f"./{LLM_FOLDER}",
+            "quantization": "none",
+            "lora": None,
+            "adapter": None,
+            "trainable": False,
+            "new_tokens": (),
+            "revision": None,
+        }
     )
     vision = parts.model.vision
     if vision is not None:
         vision = vision.model_copy(
             update={"lora": None, "adapter": None, "trainable": False, "projector_weights": None, "feature_cache": None}
         )
-    model = parts.model.model_copy(update={"llm": llm, "vision": vision})
+        encoder = was["vision"]["encoder"].get("path")
+        if isinstance(encoder, str) and encoder.startswith("./") and (folder / encoder).is_dir():
+            shutil.copytree(folder / encoder, temporary / encoder)
+            vision = vision.model_copy(
+                update={"encoder": Use(name=vision.encoder.name, options={**vision.encoder.options, "path": encoder})}
+            )
+    model = named_from(parts.model.model_copy(update={"llm": llm, "vision": vision}), temporary)
     content |= {"model": model.model_dump(mode="json"), "precision": NAMES[parts.dtype]}
+    content["merged"] = {"llm": was["llm"]["path"], "quantization": was["llm"]["quantization"]}
     content |= {"files": file_hashes(temporary)}
-    content["merged"] = {"quantization": parts.manifest.model.llm.quantization}
     (temporary / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")

@@ -4,6 +4,7 @@ Public layouts only (PEFT, safetensors, tokenizer files) and `mmft.json`, which 
 of each. A folder is written under a temporary name, synced and renamed, so an unfinished one never bears a final name.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 from mmft import __version__
 from mmft.config import Model, TrainConfig
 from mmft.errors import CheckpointError
-from mmft.hub import seen_from
+from mmft.hub import named_from, seen_from
 from mmft.modeling.build import (
     ADAPTER,
     LLM_FOLDER,
@@ -35,6 +36,10 @@ from mmft.plugins import Plugins
 
 MANIFEST = "mmft.json"
 FORMAT = 1
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precisio
     manifest = {
         "format": FORMAT,
         "mmft": __version__,
-        "model": config.model.model_dump(mode="json"),
+        "model": named_from(config.model, folder).model_dump(mode="json"),
         "chat_template": config.data.chat_template,
         "precision": precision,
         "config": decides_weights(config),
@@ -196,20 +201,26 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` in one rename, when everything in it is on disk."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """A temporary folder that becomes `target` in one rename, when everything in it is on disk; else it goes."""
+    place = target.resolve()
+    temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with or_nothing(temporary, target):
-        temporary.mkdir(parents=True)
-        yield temporary
-        publish(temporary, target)
+    try:
+        with or_nothing(temporary, target):
+            temporary.mkdir(parents=True)
+            yield temporary
+            publish(temporary, place)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager
-def or_nothing(temporary: Path, target: Path) -> Iterator[None]:
+def or_nothing(temporary: Path, target: Path, *, resumable: bool = True) -> Iterator[None]:
     """Where writing fails (a full disk, no permission), remove what is there of it, and say so in one line.
 
-    Raises `CheckpointError`.
+    With `resumable` the target belongs to a run, and the line says from which checkpoint that goes on. Without, other
+    things happen in the block too, and an error that is not of writing passes. Raises `CheckpointError`.
     """
     from safetensors import SafetensorError
 
@@ -219,27 +230,44 @@ def or_nothing(temporary: Path, target: Path) -> Iterator[None]:
         # torch.save has only RuntimeError for a file it cannot write
         if isinstance(error, RuntimeError) and not re.search("file write|iostream|writing", str(error)):
             raise
+        if not resumable and not _is_of_writing(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        whole_ones = [path for path in checkpoints(target.parent) if (path / MANIFEST).is_file()]
-        kept = f"{whole_ones[0]} is whole: " if whole_ones else "there is no checkpoint before it: "
-        after = "go on with --resume" if whole_ones else "begin anew"
-        raise CheckpointError(
-            f"{target} cannot be written: {reason}; {kept}make room on the disk and {after}"
-        ) from error
+        advice = _how_to_go_on(target.parent) if resumable else "make room on the disk, or choose another place"
+        raise CheckpointError(f"{target} cannot be written: {reason}; {advice}") from error
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether an error says that a file cannot be written; those about a model not found have no number."""
+    if isinstance(error, OSError):
+        return error.errno in CANNOT_WRITE
+    return isinstance(error, RuntimeError) or re.search(r"\bserializ|os error", str(error)) is not None
+
+
+def _how_to_go_on(run: Path) -> str:
+    whole_ones = [path for path in checkpoints(run) if (path / MANIFEST).is_file()]
+    kept = f"{whole_ones[0]} is whole: " if whole_ones else "there is no checkpoint before it: "
+    return f"{kept}make room on the disk and {'go on with --resume' if whole_ones else 'begin anew'}"
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Sync every file, then rename the folder over what bore the name before."""
+    """Sync every file, then rename the folder over what bore the name before, which stays where that fails."""
     for path in temporary.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     replaced = target.with_name(f".{target.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
+    there = target.exists()
+    if there:
         target.rename(replaced)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if there:
+            replaced.rename(target)
+        raise
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

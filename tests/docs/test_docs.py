@@ -12,8 +12,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any, get_args
 
@@ -26,7 +28,7 @@ from pydantic import BaseModel
 from mmft.cli import cli, main
 from mmft.config import Lora, TrainConfig
 from mmft.data.formats import format_of, has_column, source_of
-from mmft.errors import DataError
+from mmft.errors import DataError, MmftError
 from mmft.plugins import Plugins, load_plugins, read_plugin
 from mmft.testing import check_plugin
 from mmft.types import BadRecord, Document
@@ -202,6 +204,14 @@ def test_the_events_of_hooks_do_what_the_page_says(module_of: Callable[[str, str
     assert list(group.commands) == ["greet"]
 
 
+def test_the_tool_of_hooks_rolls_what_the_page_says(module_of: Callable[[str, str], ModuleType]) -> None:
+    (source,) = (text for text in HOOK_BLOCKS if "def mmft_tools" in text)
+    (tool,) = read_plugin(module_of("documented_tool", source)).offers["mmft_tools"]
+    assert {int(tool.run(sides=6)) for _ in range(200)} <= set(range(1, 7))
+    with pytest.raises(MmftError, match="2 to 1,000 sides, not 1"):
+        tool.run(sides=1)
+
+
 def test_life_of_a_sample_prints_what_the_page_shows() -> None:
     page = ROOT / "docs" / "life-of-a-sample.md"
     outcome = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
@@ -227,6 +237,21 @@ def test_both_pages_about_training_have_the_same_commands_and_tables() -> None:
     english, chinese = TRAINING
     assert all(blocks(english, language) == blocks(chinese, language) for language in ("bash", "python"))
     counted = [[len(re.findall(p, page.read_text("utf-8"), re.M)) for p in (r"^#", r"^\|")] for page in TRAINING]
+    assert counted[0] == counted[1]
+
+
+def test_both_pages_about_converting_have_the_same_commands_and_tables() -> None:
+    english, chinese = pages = (ROOT / "docs" / "convert.md", ROOT / "docs" / "convert.zh-CN.md")
+    assert blocks(english, "bash") == blocks(chinese, "bash") and len(commands(english)) > 10
+    counted = [[len(re.findall(p, page.read_text("utf-8"), re.M)) for p in (r"^#", r"^\|", r"^- ")] for page in pages]
+    assert counted[0] == counted[1]
+
+
+def test_both_pages_about_chat_have_the_same_commands_and_tables() -> None:
+    english, chinese = pages = (ROOT / "docs" / "chat.md", ROOT / "docs" / "chat.zh-CN.md")
+    assert all(blocks(english, language) == blocks(chinese, language) for language in ("bash", "python", ""))
+    assert len(commands(english)) > 15
+    counted = [[len(re.findall(p, page.read_text("utf-8"), re.M)) for p in (r"^#", r"^\|")] for page in pages]
     assert counted[0] == counted[1]
 
 
@@ -313,15 +338,54 @@ def edit(config: Path, **settings: object) -> None:
     config.write_text(text, "utf-8")
 
 
+@contextmanager
+def served(run: str, folder: Path) -> Iterator[str]:
+    """The address of `mmft serve` on a run, in this process."""
+    import uvicorn
+
+    from mmft.chat.server.app import ServerOptions, bind, build_app
+    from mmft.chat.server.desk import Desk
+    from mmft.chat.server.pictures import Pictures
+    from mmft.chat.server.request import Reader
+    from mmft.inference import Generation, find_model, load_assistant
+
+    options, pictures = ServerOptions(port=0), Pictures(folder)
+    assistant = load_assistant(find_model(run), load_plugins(), device=torch.device("cpu"))
+    defaults = Generation(max_new_tokens=4)
+    reader = Reader("llava_finetune", assistant.template, assistant.sees, defaults, pictures)
+    desk = Desk(assistant, pictures, max_waiting=1)
+    server = uvicorn.Server(uvicorn.Config(build_app(reader, desk, options), log_level="warning"))
+    with bind(options) as bound:
+        bound.listen()
+        thread = Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+            assert (desk.answered, desk.cancelled) == (3, 0)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 def test_the_readme_can_be_followed_from_top_to_bottom(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llm_path: Path, tiny_clip_path: Path
 ) -> None:
-    """Every `mmft` line but `web`, in order: copy, edit, check, train, resume, show, chat, evaluate, a plugin."""
+    """Every `mmft` line but `web`, in order: copy, edit, check, train, resume, show, chat, evaluate, a plugin.
+
+    What `serve` serves is asked by the client of docs/chat.md.
+    """
     write_data(tmp_path)
     (tmp_path / "my_map.py").write_text(blocks(READMES[0], "python")[0], "utf-8")
     outputs = {}
     for command in commands(READMES[0]):
         if command[0] == "web":
+            continue
+        if command[0] == "serve":
+            (client,) = blocks(ROOT / "docs" / "chat.md", "python")
+            (tmp_path / "uploads").mkdir()
+            with served(command[1], tmp_path / "uploads") as address:
+                assert "http://127.0.0.1:8000/v1" in client
+                exec(client.replace("http://127.0.0.1:8000", address), {})
             continue
         # the tiny model stands for Llama 3 and for Vicuna, and has another template than either
         stands_in = ["--set", "data.num_workers=0", "--set", "data.allow_template_difference=true"]

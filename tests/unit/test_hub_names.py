@@ -11,7 +11,7 @@ import torch
 from mmft.config import LLM, Model, Vision, use
 from mmft.data.shape import describe_model
 from mmft.errors import ModelError
-from mmft.hub import looks_like_path, model_folder, seen_from
+from mmft.hub import looks_like_path, model_folder, named_from, seen_from
 from mmft.modeling.build import build_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -181,3 +181,22 @@ def test_a_relative_path_of_a_trained_model_is_found_from_anywhere(tmp_path, mon
     (tmp_path / "llm").mkdir()  # of somebody else
     assert seen_from(Model(llm=LLM(path="./llm")), run).llm.path == str(run / "llm")
     assert seen_from(Model(llm=LLM(path="llm")), run).llm.path == "llm"
+
+
+def test_a_model_that_is_written_elsewhere_names_its_parts_so_that_they_are_found(tmp_path, monkeypatch):
+    started = tmp_path / "project"
+    (started / "models" / "llm").mkdir(parents=True)
+    within, elsewhere, shadowed = started / "work_dirs" / "run", tmp_path / "elsewhere", tmp_path / "other" / "run"
+    (tmp_path / "other" / "models" / "llm").mkdir(parents=True)  # of the same name, and another model
+    monkeypatch.chdir(started)
+    model = Model(llm=LLM(path="models/llm"))
+    assert named_from(model, within) == model
+    for folder in (elsewhere, shadowed):
+        assert named_from(model, folder).llm.path == str(started / "models" / "llm")
+    assert named_from(Model(llm=LLM(path="owner/name")), elsewhere).llm.path == "owner/name"
+    monkeypatch.chdir(tmp_path)
+    for folder in (within, elsewhere, shadowed):
+        monkeypatch.chdir(started)
+        named = named_from(model, folder)
+        monkeypatch.chdir(tmp_path)
+        assert seen_from(named, folder).llm.path == str(started / "models" / "llm")

@@ -28,7 +28,7 @@ from mmft.convert.importing.weights import (
     vision_state,
 )
 from mmft.errors import CheckpointError
-from mmft.hub import encoder_options, load_tokenizer
+from mmft.hub import encoder_options, load_tokenizer, named_from
 from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS
 from mmft.modeling.checkpoint import (
     FORMAT,
@@ -267,7 +267,7 @@ def write_imported(folder: Path, model: Model, chat_template: str, precision: st
     content = {
         "format": FORMAT,
         "mmft": __version__,
-        "model": model.model_dump(mode="json"),
+        "model": named_from(model, folder).model_dump(mode="json"),
         "chat_template": chat_template,
         "precision": precision,
         "config": {},
