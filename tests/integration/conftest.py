@@ -138,7 +138,7 @@ class Training:
 
     def finish(self, process: subprocess.Popen[str], expected: int = 0) -> str:
         """Wait for the end, which must have this exit code; returns what was printed."""
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == expected, output
         return output
 

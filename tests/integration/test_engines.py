@@ -128,7 +128,7 @@ def two_ranks(folder, environment):
     driver = str(Path(__file__).with_name("engine_runs.py"))
     done = subprocess.run(
         [*command, driver, str(folder), json.dumps(plan)],
-        check=False, capture_output=True, text=True, timeout=540, env=environment,
+        check=False, capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "built successfully" not in done.stdout, "DeepSpeed speaks of its own kernels, from every process"
@@ -264,7 +264,7 @@ def test_two_nodes_train_one_model(folder, environment, alone):
     config = config_for(folder, "nodes", 2, sees=False, lora=False, engine={})
     where = ("--nnodes", "2", "--nproc", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     nodes = [start(config, folder, environment, *where, "--node-rank", str(rank)) for rank in range(2)]
-    told = [node.communicate(timeout=180) for node in nodes]
+    told = [node.communicate(timeout=600) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
     assert "step 4/4" in told[0][0]
     assert "step" not in told[1][0]
@@ -277,7 +277,7 @@ def test_what_goes_wrong_on_the_first_rank_ends_all_with_one_line(folder, enviro
     config = config_for(folder, "bad", 2, sees=False, lora=False, engine={})
     config = override(config, {"data.datasets.0.source.path": str(folder / "wrong.json")})
     process = start(config, folder, environment, "--nproc", "2")
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert err.count("mmft: error:") == 1, err
     assert "dropped 8 of 8 records" in err
@@ -293,7 +293,7 @@ def test_sigterm_makes_all_ranks_save_the_same_step_and_stop(folder, environment
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     (checkpoint,) = (folder / "stopped").glob("checkpoint-*")
     read_manifest(checkpoint)

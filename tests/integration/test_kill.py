@@ -55,7 +55,7 @@ def fork(environment: dict[str, str]) -> Iterator[Callable[..., dict[str, Any]]]
 
     yield run
     server.stdin.close()
-    server.wait(timeout=30)
+    server.wait(timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Environment:
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         return subprocess.run(
             [str(self.folder / "bin" / program), *arguments],
-            cwd=self.work, capture_output=True, text=True, timeout=240, check=False,
+            cwd=self.work, capture_output=True, text=True, timeout=900, check=False,
             env={**environment, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"},
         )  # fmt: skip
 
@@ -84,7 +84,7 @@ def project(folder: Path) -> dict[str, Any]:
 
 def build_wheel(source: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     wheels = list(out.glob("*.whl"))
     assert len(wheels) == 1, wheels

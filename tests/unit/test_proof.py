@@ -1,7 +1,6 @@
 """The template proof: what it accepts, what it shows side by side, and when it refuses a run."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -46,11 +45,8 @@ def render_changed(
     return [change(s) for s in CHATML_TEMPLATE.render(conversation, generation_prompt=generation_prompt)]
 
 
-def test_the_models_own_format_is_proved_and_quickly(tokenizer: Callable[..., Tokenizer]) -> None:
-    own = tokenizer()
-    begun = time.perf_counter()
-    assert prove_template(CHATML_TEMPLATE, own) == []
-    assert time.perf_counter() - begun < 2
+def test_the_models_own_format_is_proved(tokenizer: Callable[..., Tokenizer]) -> None:
+    assert prove_template(CHATML_TEMPLATE, tokenizer()) == []
 
 
 def test_a_difference_is_shown_side_by_side_with_its_place_marked(tokenizer: Callable[..., Tokenizer]) -> None:
