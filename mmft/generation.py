@@ -11,6 +11,8 @@ from torch import Tensor
 from mmft.errors import DataError
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
+MIN_TEMPERATURE = 1e-4  # below it, and beyond such a penalty, what is drawn from is no longer finite in float32
+PENALTIES = 1e-4, 1e4
 HALF_A_CHARACTER = "\ufffd"
 
 
@@ -32,10 +34,18 @@ class Generation:
     def __post_init__(self) -> None:
         bounds = (
             ("max_new_tokens", self.max_new_tokens >= 1, "a whole number from 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (greedy), or {MIN_TEMPERATURE} or more",
+            ),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
+            (
+                "repetition_penalty",
+                PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
+                f"{PENALTIES[0]} to {PENALTIES[1]:.0f}; 1 is none",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more"),
             ("stop", all(self.stop), "strings that are not empty"),
         )

@@ -10,8 +10,9 @@ from mmft.chat.session import ChatSession, check_images
 from mmft.chat.tools import tool_names, toolbox
 from mmft.chat.transcript import read_transcript, write_transcript
 from mmft.errors import MmftError, did_you_mean
-from mmft.inference import Assistant, Generation
+from mmft.inference import Assistant, Generation, user_message
 from mmft.plugins import Plugins
+from mmft.types import Conversation, Message, Text
 
 EXIT = ("EXIT", "/exit")
 NUMBERS = {int: "a whole number", float: "a number"}
@@ -30,7 +31,7 @@ class Talk:
     """A session, the pictures for its next question, and its commands.
 
     `ask` is given a question and its pictures and writes the answer; `note` tells the user everything else. `plugins`
-    have the tools that `/tools` chooses from.
+    have the tools that `/tools` chooses from. Without `commands` there are none, and every line is a question.
     """
 
     def __init__(
@@ -42,12 +43,16 @@ class Talk:
         ask: Callable[[str, Sequence[Path]], None],
         note: Callable[[str], None],
         plugins: Plugins | None = None,
+        commands: bool = True,
     ) -> None:
         self._session, self._assistant, self._first = session, assistant, tuple(images)
         self._ask, self._note, self._plugins = ask, note, plugins or Plugins(())
         self._waiting = list(images)
+        self.commands = self._commands() if commands else {}
+
+    def _commands(self) -> dict[str, Command]:
         again = "; the pictures of --image are attached again"
-        self.commands = {
+        return {
             "/image": Command("PATH", "attach a picture to the next question; may be repeated", self._attach),
             "/reset": Command("", f"forget the conversation (also RESET){again}", self._reset),
             "/system": Command("[TEXT]", "set the system text, or show it; - leaves it to the template", self._system),
@@ -64,13 +69,16 @@ class Talk:
     def lines(self, source: Iterator[str]) -> Iterator[str]:
         """The lines that say something, up to EXIT."""
         for line in source:
-            if line.strip() in EXIT:
+            if self.commands and line.strip() in EXIT:
                 return
             if line.strip():
                 yield line
 
     def take(self, line: str) -> None:
         """Do what a line says. Raises `MmftError` where that cannot be done."""
+        if not self.commands:
+            self.ask(line)
+            return
         word, _, rest = line.strip().partition(" ")
         word = "/reset" if line.strip() == "RESET" else word
         if command := self.commands.get(word):
@@ -141,7 +149,12 @@ class Talk:
         check_images(self._assistant, [image.source for image in conversation.images])
         system = [message for message in conversation.messages if message.role == "system"]
         turns = [message for message in conversation.messages if message.role != "system"]
-        self._session.system = "\n".join(message.text for message in system) or None
+        text = "\n".join(message.text for message in system) or None
+        first = (Message("system", (Text(text),)),) if text else ()
+        tools = self._session.tools.schemas
+        # Raises where no question could follow, as of roles that the template does not take.
+        self._assistant.prompt(Conversation((*first, *turns, user_message("?")), tools))
+        self._session.system = text
         self._session.reset(turns)
         self._note(f"going on after {sum(message.role == 'user' for message in turns)} questions")
 

@@ -29,16 +29,19 @@ def write_transcript(path: Path, conversation: Conversation) -> None:
 def read_transcript(path: Path) -> Conversation:
     """The messages that `write_transcript` wrote; tools are what the session has, not what the file says.
 
+    A relative path of a picture is looked for beside the file first, then in the current folder.
     Raises `DataError`, with the number of the message, for anything else.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: no conversation: {_reason(error)}") from error
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list):
         raise DataError(f"{path}: no conversation: it has no list 'messages', as /save writes")
-    return Conversation(tuple(_message(f"{path}: messages[{n}]", given) for n, given in enumerate(messages)))
+    return Conversation(
+        tuple(_message(f"{path}: messages[{n}]", given, path.parent) for n, given in enumerate(messages))
+    )
 
 
 def _written(message: Message) -> dict[str, Any]:
@@ -66,7 +69,8 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
     ]
 
 
-def _message(where: str, given: Any) -> Message:
+def _message(where: str, given: Any, folder: Path) -> Message:
+    _check_text(where, given)
     role, content = (given.get("role"), given.get("content")) if isinstance(given, dict) else (None, None)
     if role not in ROLES:
         raise DataError(f"{where}: role is {role!r}; allowed are {', '.join(ROLES)}")
@@ -75,7 +79,7 @@ def _message(where: str, given: Any) -> Message:
     parts = [] if parts is None and calls else parts
     if not isinstance(parts, list):
         raise DataError(f"{where}: content is neither a text nor a list of parts")
-    read = tuple(_part(f"{where}.content[{n}]", part) for n, part in enumerate(parts))
+    read = tuple(_part(f"{where}.content[{n}]", part, folder) for n, part in enumerate(parts))
     if not isinstance(calls, list) or (calls and role != "assistant"):
         raise DataError(f"{where}: tool_calls are a list, in a message of the assistant")
     made = tuple(_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls))
@@ -87,21 +91,34 @@ def _call(where: str, given: Any) -> ToolCall:
     try:
         function = given["function"]
         name, arguments, call_id = function["name"], json.loads(function["arguments"]), given.get("id")
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
         name, arguments, call_id = None, None, None
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise DataError(f"{where}: allowed is {{'function': {{'name': ..., 'arguments': '{{...}}'}}}}")
+    _check_text(where, arguments)
     return ToolCall(name, arguments, None if call_id is None else str(call_id))
 
 
-def _part(where: str, part: Any) -> Text | Image:
+def _part(where: str, part: Any, folder: Path) -> Text | Image:
     kind = part.get("type") if isinstance(part, dict) else None
     text, path = (part.get("text"), part.get("path")) if kind else (None, None)
     if kind == "text" and isinstance(text, str):
         return Text(text)
     if kind == "image" and isinstance(path, str):
-        return Image(Path(path))
+        beside = folder / path
+        return Image(beside if beside.is_file() else Path(path))
     raise DataError(f"{where}: allowed are {{'type': 'text', 'text': ...}} and {{'type': 'image', 'path': ...}}")
+
+
+def _check_text(where: str, given: Any) -> None:
+    """JSON may spell halves of characters, which no tokenizer takes: refused here, not at every question after it."""
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{where}: it has half a character, {half}, which is no text") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: too many lists and objects inside one another") from error
 
 
 def _reason(error: Exception) -> str:

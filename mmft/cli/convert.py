@@ -1,5 +1,6 @@
 """Commands that turn a trained model into other programs' formats. Each result is proved before it is called done."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,26 @@ from mmft.cli.shared import loaded_plugins
 if TYPE_CHECKING:
     from mmft.convert.parity import Report
 
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """A size of a file as transformers reads it: a number and KB, MB, GB or TB."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, where it is one."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", value.strip(), re.IGNORECASE)
+        if found is None or not float(found[1]):
+            self.fail(f"{value!r} is no size; give a number and KB, MB, GB or TB, such as 2GB", param, ctx)
+        return value
+
+
 OUT = click.argument("out", type=click.Path(path_type=Path))
 DTYPE = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of the weights (as trained).")
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-SHARD = click.option("--max-shard-size", default="2GB", show_default=True, help="The largest weight file.")
+SHARD = click.option("--max-shard-size", type=Size(), default="2GB", show_default=True, help="The largest weight file.")
 LLM_PATH = click.option("--llm", help="Where the base language model is now, if it moved.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT, if `mmft convert` wrote it.")
 
 
 @click.group()
@@ -32,6 +47,7 @@ def convert() -> None:
 @LLM_PATH
 @OVERWRITE
 @click.option("--is-clip", is_flag=True, help="XTuner's form: LLM is a vision encoder.")
+@click.option("--trust-remote-code", is_flag=True, help="XTuner's form: run the code that LLM's folder brings.")
 def merge(
     paths: tuple[str, ...],
     dtype: str | None,
@@ -40,6 +56,7 @@ def merge(
     llm: str | None,
     overwrite: bool,
     is_clip: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Put adapters into the weights of language model and encoder.
 
@@ -52,10 +69,15 @@ def merge(
 
     options = {"dtype": dtype, "device": _device(device), "max_shard_size": max_shard_size, "overwrite": overwrite}
     if len(paths) == 3:
-        say(adapters.merge_adapter(paths[0], Path(paths[1]), Path(paths[2]), is_clip=is_clip, **options), paths[2])
+        report = adapters.merge_adapter(
+            paths[0], Path(paths[1]), Path(paths[2]), is_clip=is_clip, trust_remote_code=trust_remote_code, **options
+        )
+        say(report, paths[2])
         return
-    if len(paths) != 2 or is_clip:
-        raise click.UsageError("give MODEL OUT, or LLM ADAPTER OUT (--is-clip belongs to the latter)")
+    if len(paths) != 2 or is_clip or trust_remote_code:
+        raise click.UsageError(
+            "give MODEL OUT, or LLM ADAPTER OUT (--is-clip and --trust-remote-code belong to the latter)"
+        )
     say(merging.merge(find_model(paths[0]), Path(paths[1]), loaded_plugins(), llm=llm, **options), paths[1])
 
 

@@ -26,9 +26,13 @@ def gguf(
 
     MODEL is a run, a checkpoint or a model folder. OUT gets model-QUANT.gguf, for a model that sees mmproj-f16.gguf
     too, and a Modelfile for `ollama create NAME -f OUT/Modelfile`.
+
+    bf16 and the types of 8 bits and fewer are written only after the same parts passed in f32 or f16, in files beside
+    OUT that are gone afterwards.
     """
     from mmft.cli.convert import say
-    from mmft.convert.gguf.export import Wish, export
+    from mmft.convert.gguf.export import export
+    from mmft.convert.gguf.judge import Wish
     from mmft.inference import find_model
     from mmft.modeling.llm import choose_device
 

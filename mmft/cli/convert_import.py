@@ -10,7 +10,7 @@ PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 SET = click.option("--set", "settings", multiple=True, metavar="A.B.C=VALUE", help="Change one value of CONFIG.")
 IGNORE_NAMES = click.option("--ignore-names", is_flag=True, help="SOURCE names other models, which are the same.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT, if `mmft convert` wrote it.")
 
 
 @click.command("import")

@@ -32,7 +32,8 @@ def push(model: str, repo: str, **options: Any) -> None:
     """Upload a model with a model card.
 
     MODEL is a run, a model folder, or what `mmft convert` made (hf, merge, gguf). Only what belongs to the model goes:
-    no checkpoint, no optimizer state, no log, no samples. Paths of this machine are taken out of its JSON files.
+    no checkpoint, no optimizer state, no log, no samples. Paths of this machine are taken out of its JSON files; a
+    README.md of your own or a Modelfile that has one is refused.
     """
     from mmft.convert.push.model_card import Wishes
     from mmft.convert.push.push import plan_push, send

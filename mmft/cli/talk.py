@@ -102,6 +102,10 @@ def _system(system: str | None, name: str | None) -> str | None:
 @click.option("--system-template", help="System text by name; mmft plugins lists them.")
 @click.option("--multiline", is_flag=True, help="A question ends with an empty line instead of Enter.")
 @click.option("--json", "as_json", is_flag=True, help="Each answer as a line of JSON, with its numbers of tokens.")
+@click.option(
+    "--no-commands", "commands", is_flag=True, flag_value=False, default=True,
+    help="Every line is a question: for data of others, of which a line may begin with /save.",
+)  # fmt: skip
 @click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and answer, below the model's own limit.")
 @TOOL_OPTIONS
 @MODEL_OPTIONS
@@ -110,7 +114,7 @@ def chat(system: str | None, system_template: str | None, **options: Any) -> int
     """Talk to a model, by default the newest finished run.
 
     MODEL is a run, its final/ folder, a checkpoint, a PEFT adapter, or a text or LLaVA model of transformers by folder
-    or name. A pipe's lines are questions. Only answers go to stdout; the exit code is 2 if a question had none.
+    or name. A pipe's lines are questions and commands. Only answers go to stdout; the exit code is 2 if a line failed.
     """
     from mmft.chat.terminal import run_terminal
 
@@ -122,7 +126,7 @@ def chat(system: str | None, system_template: str | None, **options: Any) -> int
 @MODEL
 @click.option("--compare", metavar="MODEL", help="A second model, which answers every question beside the first.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=7860, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--share", is_flag=True, help="Also through a public gradio address.")
 @click.option("--auth", multiple=True, envvar="MMFT_WEB_AUTH", metavar="USER:PASSWORD", help="May be repeated.")
 @click.option("--max-upload", type=click.IntRange(1, 50), default=20, show_default=True, help="MB, of each picture.")
@@ -143,20 +147,20 @@ def web(compare: str | None, system: str | None, system_template: str | None, **
     """
     from mmft.chat.loading import ModelChoice
     from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures
-    from mmft.chat.web.server import check, load_seats, serve
+    from mmft.chat.web.server import bind, load_seats, serve
 
     def taken(kind: Any, *others: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in (*kind.__dataclass_fields__, *others) if name in options}
 
     server = ServeOptions(**taken(ServeOptions))
-    check(server)
+    bound = bind(server)
     generation, text, pictures = _generation(options), _system(system, system_template), options.pop("examples")
     page = PageOptions(generation=generation, system=text, examples=example_pictures(pictures), **taken(PageOptions))
     tools = _tools(options)
     seats = load_seats(ModelChoice(**taken(ModelChoice)), compare, tools, loaded_plugins())
     for seat in seats:
         click.echo(f"model: {seat.name}", err=True)
-    serve(seats, page, server)
+    serve(seats, page, server, bound)
 
 
 @click.command("eval")

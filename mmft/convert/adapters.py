@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mmft.convert.parity import Outcome, Report, proved, settle, tolerance_for
+from mmft.convert.parity import PARITY, Outcome, Report, proved, settle, tolerance_for, unverified
 from mmft.errors import CheckpointError, ModelError
 from mmft.inference import PRECISIONS
+from mmft.modeling.build import LLM_FOLDER
+from mmft.modeling.checkpoint import MANIFEST
 
+INDEX = "model.safetensors.index.json"
 TEXT = "What is the capital of France? 1 2 3 — 你好"
 
 
@@ -24,55 +29,89 @@ def merge_adapter(
     dtype: str | None = None,
     device: torch.device,
     max_shard_size: str = "2GB",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Merge a PEFT adapter into a language model, or with `is_clip` into a vision encoder, and save it with its files.
 
-    Compared before and after on a text or a picture. Raises `CheckpointError` for an adapter that does not fit.
+    Compared before and after on a text or a picture. Raises `CheckpointError` for an adapter that does not fit, or
+    that changes nothing.
     """
-    from peft import PeftModel
-
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is no PEFT adapter: it has no adapter_config.json")
-    wanted = PRECISIONS[dtype] if dtype else None
-    with proved(out, overwrite=overwrite) as temporary:
-        model, files = _load(base, is_clip=is_clip, dtype=wanted, device=device)
+    load = partial(_load, is_clip=is_clip, device=device, trust_remote_code=trust_remote_code)
+    with proved(out, overwrite=overwrite, sources=(base, adapter)) as temporary:
+        model, files = load(base, dtype=PRECISIONS[dtype] if dtype else None)
         inputs = _inputs(files, model, is_clip=is_clip)
-        try:
-            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{adapter}: the adapter does not fit {base}: {str(error).splitlines()[0]}"
-            ) from error
+        untouched = _outputs(model, inputs)
+        adapted = _adapted(model, adapter, base)
         before = _outputs(adapted, inputs)
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        if torch.equal(untouched, before):
+            raise CheckpointError(f"{adapter} changes nothing in {base}: its weights are those of an untrained adapter")
+        try:
+            merged: Any = adapted.merge_and_unload(safe_merge=True)
+        except (ValueError, AttributeError) as error:  # not finite, or of a kind that has no merged form
+            raise CheckpointError(f"{adapter} cannot be merged into {base}: {_line(error)}") from error
         merged.save_pretrained(temporary, max_shard_size=max_shard_size)
         files.save_pretrained(temporary)
         precision = next(merged.parameters()).dtype
         del adapted, merged, model
-        again, _ = _load(str(temporary), is_clip=is_clip, dtype=precision, device=device)
+        again, _ = load(str(temporary), dtype=precision)
         report = _compare(before, _outputs(again, inputs), precision)
         settle(report, temporary, out)
     return report
 
 
+def _adapted(model: Any, adapter: Path, base: str) -> Any:
+    """The model with the adapter, every weight of it in its place. PEFT itself only warns.
+
+    Adapters of encoders have a level `vision_model.` more where an older transformers wrote them.
+    """
+    from peft import PeftConfig, PeftModel
+
+    renamed = {} if hasattr(model, "vision_model") else {r"^vision_model\.": ""}
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        adapted = PeftModel(model, config)
+        result = adapted.load_adapter(str(adapter), "default", torch_device=str(model.device), key_mapping=renamed)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{adapter}: the adapter does not fit {base}: {_line(error)}") from error
+    wrong = [("it has", key) for key in result.unexpected_keys] + [("it lacks", key) for key in result.missing_keys]
+    if wrong:
+        raise CheckpointError(
+            f"{adapter}: the adapter does not fit {base}: {wrong[0][0]} {wrong[0][1]} ({len(result.unexpected_keys)} "
+            f"weights have no place, {len(result.missing_keys)} are missing); give the model it was trained on"
+        )
+    return adapted.eval()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def split(source: Path, out: Path, *, max_shard_size: str = "2GB", overwrite: bool = False) -> list[str]:
     """Write a model folder again with weight files of at most `max_shard_size`, one of them in memory at a time.
 
-    Returns the names of the weight files. Raises `CheckpointError` where the folder holds no safetensors.
+    Returns the names of the weight files. Raises `CheckpointError` where the folder holds no safetensors of a model.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    where = {key: path for path in sorted(source.glob("*.safetensors")) for key in _sizes(path)}
+    if (source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{source} is a model folder of mmft, of several parts; use `mmft convert merge` with --max-shard-size, or "
+            f"split {source / LLM_FOLDER} where there is one"
+        )
+    where = {key: path for path in _weight_files(source) for key in _sizes(path)}
     if not where:
-        raise CheckpointError(f"{source} holds no safetensors; give a folder saved by save_pretrained")
+        raise CheckpointError(f"{source} holds no model*.safetensors; give a folder saved by save_pretrained")
     sizes = {key: size for path in sorted(set(where.values())) for key, size in _sizes(path).items()}
     plan = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    with proved(out, overwrite=overwrite) as temporary:
+    with proved(out, overwrite=overwrite, sources=(source,)) as temporary:
         for name, keys in plan.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
             for path in sorted({where[key] for key in keys}):
@@ -81,11 +120,38 @@ def split(source: Path, out: Path, *, max_shard_size: str = "2GB", overwrite: bo
             save_file(shard, temporary / name, metadata={"format": "pt"})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
-        for path in source.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, temporary / path.name)
+            (temporary / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+        _copy_others(source, temporary)
+        if not (temporary / PARITY).is_file():
+            unverified(temporary, out, "its weight files were only cut; no model was asked", "")
     return sorted(plan.filename_to_tensors)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The files that transformers would read: the whole one, else those of the index, else the numbered ones."""
+    if (source / "model.safetensors").is_file():
+        return [source / "model.safetensors"]
+    if not (source / INDEX).is_file():
+        return sorted(source.glob("model*.safetensors"))
+    try:
+        names = set(json.loads((source / INDEX).read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source / INDEX} is no index of weight files: {_line(error)}") from error
+    missing = sorted(name for name in names if not (source / name).is_file())
+    if missing:
+        raise CheckpointError(f"{source}: {missing[0]} is missing, which {INDEX} names")
+    return [source / name for name in sorted(names)]
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """What is beside the weights, folders too; not other spellings of the weights, nor what is hidden."""
+    for path in source.iterdir():
+        if path.name.startswith(".") or path.name.endswith((".safetensors", ".index.json")):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif not (path.name.startswith("pytorch_model") and path.suffix == ".bin"):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -97,23 +163,30 @@ def _sizes(path: Path) -> dict[str, int]:
     }
 
 
-def _load(path: str, *, is_clip: bool, dtype: torch.dtype | None, device: torch.device) -> tuple[Any, Any]:
+def _load(
+    path: str, *, is_clip: bool, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """The model and what is saved beside it: tokenizer or image processor."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"dtype": dtype or "auto"}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype or "auto", **trust}
     try:
         if not is_clip:
             return (
                 AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval(),
-                AutoTokenizer.from_pretrained(path),
+                AutoTokenizer.from_pretrained(path, **trust),
             )
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **trust)
         config = getattr(config, "vision_config", config)
         model = AutoModel.from_pretrained(path, config=config, **options)
-        return model.to(device).eval(), AutoImageProcessor.from_pretrained(path, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: cannot load: {str(error).splitlines()[0]}") from error
+        return model.to(device).eval(), AutoImageProcessor.from_pretrained(path, backend="pil", **trust)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ModelError(
+                f"{path}: the model is code of its own, which would run here; give --trust-remote-code if you trust it"
+            ) from error
+        raise ModelError(f"{path}: cannot load: {_line(error)}") from error
 
 
 def _inputs(files: Any, model: Any, *, is_clip: bool) -> dict[str, Tensor]:

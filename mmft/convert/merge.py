@@ -130,7 +130,6 @@ def set_generation(llm: Any, stop: Sequence[int], pad: int | None) -> None:
 
     llm.config.name_or_path = ""  # a path on this machine tells nobody else anything
     config = llm.generation_config
-    config._from_model_config = False
     config.eos_token_id = list(stop) or None
     config.pad_token_id = pad if pad is not None else (stop[0] if stop else None)
     try:
@@ -138,6 +137,7 @@ def set_generation(llm: Any, stop: Sequence[int], pad: int | None) -> None:
     except ValueError:
         config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
         llm.generation_config = config
+    config.__dict__.pop("_from_model_config", None)  # transformers' own mark, which it would save
 
 
 def write_merged_manifest(temporary: Path, folder: Path, parts: Parts) -> None:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from mmft import __version__
+from mmft.convert.place import PARITY as PARITY
+from mmft.convert.place import refuse_out
 from mmft.data.tokenize import Tokenizer
-from mmft.errors import CheckpointError, ConfigError, DataError, MmftError, ModelError
+from mmft.errors import ConfigError, DataError, MmftError, ModelError
 from mmft.inference import user_message
-from mmft.modeling.checkpoint import publish
+from mmft.modeling.checkpoint import MANIFEST, or_nothing, publish
 from mmft.types import Conversation, Message, Text
 
-PARITY = "parity.json"
 MAX_NEW_TOKENS = 12
 # Root mean square of the logits' difference over that of the logits themselves (less their mean). In float32 measured
 # on tiny random models of six families: 2.4e-6. In bfloat16 the arithmetic alone moves a trained model of 30 layers by
@@ -241,26 +242,30 @@ def _refusal(outcome: Outcome, tolerance: float) -> str:
 
 
 @contextmanager
-def proved(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def proved(out: Path, *, overwrite: bool, sources: Sequence[Path | str | None] = ()) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends without an error.
 
-    After a `ParityError` it stays, so that one can see what was made; after any other error it goes. Raises
-    `CheckpointError` where `out` is there already.
+    After a `ParityError` it stays, so that one can see what was made; after any other error it goes. `sources` are what
+    is read; `parity.json` names the first, what is converted, where it is a model folder of ours. Raises
+    `CheckpointError` as `refuse_out` does, and where `out` cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another place, or give --overwrite")
-    temporary = out.with_name(f".{out.name}.unproved")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    refuse_out(out, sources, overwrite=overwrite)
+    place = out.resolve()
+    temporary = place.with_name(f".{place.name}.unproved")
     try:
-        yield temporary
+        with or_nothing(temporary, out, resumable=False):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            yield temporary
+            if (report := read_report(temporary)) and sources and (Path(sources[0] or "") / MANIFEST).is_file():
+                _write_json(report | {"source": str(sources[0])}, temporary)
+            publish(temporary, place)
     except ParityError:
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    publish(temporary, out)
 
 
 def settle(report: Report, folder: Path, out: Path) -> None:
@@ -283,12 +288,33 @@ def unverified(folder: Path, out: Path, reason: str, command: str) -> Report:
     return report
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """`parity.json`: the report, and the versions it was made with."""
+def write_report(report: Report, folder: Path, source: Path | str | None = None) -> bool:
+    """`parity.json`: the report, the versions it was made with, and what it was compared with, as before if not given.
+
+    Numbers that are within the tolerance are not replaced by others that are not: returns whether it was written.
+    """
     import transformers
 
+    before = read_report(folder)
+    if before.get("verified") is True and not report.verified:
+        return False
     content = {"mmft": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    (folder / PARITY).write_text(json.dumps(content | asdict(report), indent=2, ensure_ascii=False), "utf-8")
+    named = str(source) if source else before.get("source")
+    _write_json(content | asdict(report) | ({"source": named} if named else {}), folder)
+    return True
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `parity.json` says; empty where there is none."""
+    try:
+        content = json.loads((folder / PARITY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(content: dict[str, Any], folder: Path) -> None:
+    (folder / PARITY).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
 
 
 def free() -> None:

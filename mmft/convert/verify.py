@@ -20,8 +20,9 @@ from mmft.convert.parity import (
     tolerance_for,
     write_report,
 )
+from mmft.convert.place import is_trained
 from mmft.convert.results import OurResult, TransformersResult, load_trained
-from mmft.errors import CheckpointError
+from mmft.errors import CheckpointError, ModelError
 from mmft.inference import PRECISIONS, load_assistant
 from mmft.modeling.checkpoint import MANIFEST, read_manifest
 from mmft.plugins import Plugins
@@ -33,8 +34,12 @@ def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, l
     """Ask `out` what the model folder `folder` is asked, and write the numbers to `parity.json` in `out`.
 
     `out` is a merged folder, one that transformers opens, or one with GGUF files. Raises `CheckpointError` for
-    anything else, `ParityError` where it answers otherwise; the numbers are written then too.
+    anything else, `ParityError` where it answers otherwise; the numbers are written then too, but not over good ones.
     """
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the model itself; give what `mmft convert` made of it, and then the model")
+    if is_trained(out):
+        raise CheckpointError(f"{out} is what training left; give what `mmft convert` has written")
     if any(out.glob("*.gguf")):
         from mmft.convert.gguf.export import verify as verify_gguf
 
@@ -42,6 +47,9 @@ def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, l
     precision = _precision(out)
     manifest = read_manifest(folder)
     sees = manifest.model.vision is not None
+    if sees != _sees(out):
+        one, other = (folder, out) if sees else (out, folder)
+        raise CheckpointError(f"{one} sees pictures and {other} does not: {out} was not made of {folder}")
     with probes(pictures=sees) as asked:
         source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
         tokenizer = source.shape.tokenizer
@@ -52,15 +60,29 @@ def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, l
         result: Result = (
             OurResult(load_assistant(out, plugins, device=device))
             if (out / MANIFEST).is_file()
-            else TransformersResult(out, sees=(out / PROCESSOR).is_file(), dtype=dtype, device=device)
+            else _opened(out, sees=sees, dtype=dtype, device=device)
         )
         tolerance = tolerance_for(dtype, manifest.model.llm.quantization)
         report = compare(answers, result, tokenizer, dtype=dtype, tolerance=tolerance)
     report = replace(report, note=REMOTE_NOTE if (out / REMOTE_CODE).is_file() else "")
-    write_report(report, out)
+    written = write_report(report, out, folder)
     if not report.verified:
-        raise ParityError(f"{out} does not give what {folder} gives: {report.refusal}; see {out / PARITY}")
+        where = f"see {out / PARITY}" if written else f"{out / PARITY}, of another comparison, was left as it is"
+        raise ParityError(f"{out} does not give what {folder} gives: {report.refusal}; {where}")
     return report
+
+
+def _sees(out: Path) -> bool:
+    if (out / MANIFEST).is_file():
+        return read_manifest(out, verify=False).model.vision is not None
+    return (out / PROCESSOR).is_file()
+
+
+def _opened(out: Path, *, sees: bool, dtype: torch.dtype, device: torch.device) -> TransformersResult:
+    try:
+        return TransformersResult(out, sees=sees, dtype=dtype, device=device)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{out}: cannot load: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def _precision(out: Path) -> str:
@@ -69,6 +91,9 @@ def _precision(out: Path) -> str:
         return read_manifest(out).precision
     if not (out / "config.json").is_file():
         raise CheckpointError(f"{out} holds no config.json and no {MANIFEST}; give what `mmft convert` has written")
-    written = json.loads((out / "config.json").read_text("utf-8"))
+    try:
+        written = dict(json.loads((out / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{out / 'config.json'} cannot be read: {error}") from error
     names = {str(dtype).removeprefix("torch."): name for name, dtype in PRECISIONS.items()}
     return names.get(written.get("dtype") or written.get("torch_dtype") or "", "fp32")

@@ -1,19 +1,24 @@
 """Arithmetic as people and models write it: a tokenizer, a parser by precedence climbing, and a bounded evaluation.
 
 Python's own parser and `eval` are not used, so a text can name nothing but what stands in the tables here. Every bound
-(length, nesting, size of a number) is checked before the work is done, so no text takes long.
+(length, nesting, size of a number) is checked before the work is done, so no text takes long. What + - * / make of
+decimal numbers is exact; only functions, pi, e and roots calculate with floating point.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Context, Decimal
+from fractions import Fraction
 from typing import TypeAlias, TypeVar
 
 from mmft.errors import DataError
 
 MAX_LENGTH, MAX_DEPTH = 1000, 50  # characters of a text, brackets and signs inside one another
-MAX_BITS = 10_000  # of a whole number: about 3,000 digits
+MAX_BITS = 10_000  # of a whole number: about 3,000 digits; of both halves of a fraction
+MAX_EXPONENT = 400  # of a literal: 1e400
+MAX_PLACES = 100  # behind the point, of a decimal that is written in full
 MAX_FACTORIAL = 1000
 TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([^\W\d]\w*)|(\*\*|//|[-+*/%^!()=,;]))")
 SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "²": "^2", "³": "^3", "（": "(", "）": ")",
@@ -49,7 +54,7 @@ class Operation:
 
 
 Tree: TypeAlias = Number | Name | Operation
-Value: TypeAlias = int | float
+Value: TypeAlias = int | Fraction | float  # a fraction is never whole
 T = TypeVar("T")
 
 
@@ -191,10 +196,10 @@ def _leaf(leaf: Number | Name) -> Value:
         if leaf.text not in CONSTANTS:
             raise DataError(f"{leaf.text!r} is no number; there are {', '.join(CONSTANTS)} and {', '.join(FUNCTIONS)}")
         return CONSTANTS[leaf.text]
-    value = int(leaf.text) if leaf.text.isdigit() else float(leaf.text)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"the number {leaf.text} is too large")
-    return value
+    _, _, exponent = leaf.text.lower().partition("e")
+    if abs(int(exponent or 0)) > MAX_EXPONENT:
+        raise DataError(f"the number {leaf.text} is too {'close to 0' if exponent[0] == '-' else 'large'}")
+    return _plain(Fraction(leaf.text))
 
 
 def _applied(name: str, values: list[Value]) -> Value:
@@ -209,11 +214,29 @@ def _applied(name: str, values: list[Value]) -> Value:
 
 
 def written(value: Value) -> str:
-    """Whole numbers in full, others to twelve digits."""
-    return str(value) if isinstance(value, int) else format(value, ".12g")
+    """Whole and decimal numbers in full, other fractions to 17 digits, what is floating point to 15."""
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return format(value, ".15g")
+    twos = (value.denominator & -value.denominator).bit_length() - 1
+    rest, fives = value.denominator >> twos, 0
+    while rest % 5 == 0:
+        rest, fives = rest // 5, fives + 1
+    places = max(twos, fives)
+    if rest > 1 or places > MAX_PLACES:
+        digits = Context(prec=17)
+        return str(digits.divide(Decimal(value.numerator), Decimal(value.denominator)).normalize(digits)).lower()
+    whole = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
+    return f"{'-' if value < 0 else ''}{whole[:-places]}.{whole[-places:]}"
 
 
 def _checked(value: Value) -> Value:
+    """As it is kept: fractions that became too long are rounded. Raises `DataError` where nothing is left of one."""
+    if isinstance(value, Fraction):
+        value = _plain(value)
+    if isinstance(value, Fraction) and _bits(value) > MAX_BITS:
+        value = _rounded_off(value)
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise OverflowError
     if isinstance(value, float) and not math.isfinite(value):
@@ -221,14 +244,37 @@ def _checked(value: Value) -> Value:
     return value
 
 
+def _plain(value: Fraction) -> Value:
+    return value.numerator if value.denominator == 1 else value
+
+
+def _bits(value: int | Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _rounded_off(value: Fraction) -> float:
+    if not (rounded := float(value)):
+        raise DataError("the result is too close to 0")
+    return rounded
+
+
 def _power(base: Value, exponent: Value) -> Value:
     if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
         if base.bit_length() * exponent > MAX_BITS + base.bit_length() and abs(base) > 1:
             raise OverflowError
         return int(base**exponent)
-    result = float(base) ** exponent
+    result: float | complex
+    if not isinstance(base, float) and isinstance(exponent, int):
+        if base in (-1, 0, 1) or _bits(base) * abs(exponent) <= MAX_BITS:
+            return Fraction(base) ** exponent
+        digits = Context(prec=50, traps=[])
+        result = float(digits.power(digits.divide(Decimal(base.numerator), Decimal(base.denominator)), exponent))
+    else:
+        result = float(base) ** float(exponent)
     if isinstance(result, complex):
         raise ValueError
+    if base and not result:
+        raise DataError("the result of ^ is too close to 0")
     return float(result)
 
 
@@ -241,15 +287,19 @@ def _factorial(number: Value) -> int:
 
 
 def _rounded(value: Value, digits: Value = 0) -> Value:
-    if digits != int(digits) or abs(digits) > 50:
+    places = int(digits)
+    if digits != places or abs(places) > 50:
         raise ValueError
-    return round(value, int(digits)) if digits else round(value)
+    rounded: Value = round(float(value), places) if isinstance(value, float) else round(Fraction(value), places)
+    return rounded if places else round(value)
 
 
 def _root(value: Value) -> Value:
-    """A whole root of a whole number is whole."""
-    if isinstance(value, int) and value >= 0 and math.isqrt(value) ** 2 == value:
-        return math.isqrt(value)
+    """Exact where there is such a number: of 16, of 0.25."""
+    if not isinstance(value, float) and value >= 0:
+        root = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
+        if root**2 == value:
+            return root
     return math.sqrt(value)
 
 
@@ -272,7 +322,7 @@ OPERATIONS: Mapping[str, Callable[..., Value]] = {
     "+": lambda left, right: left + right,
     "-": lambda left, right: left - right,
     "*": lambda left, right: left * right,
-    "/": lambda left, right: left / right,
+    "/": lambda left, right: left / right if isinstance(left, float) else Fraction(left) / right,
     "//": lambda left, right: left // right,
     "%": lambda left, right: left % right,
     "^": _power,

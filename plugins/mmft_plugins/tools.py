@@ -51,7 +51,7 @@ def _takes(name: str, description: str) -> dict[str, object]:
 
 CALCULATE = Tool(
     name="calculate",
-    description="Calculate the value of an arithmetic expression exactly.",
+    description="Calculate the value of an arithmetic expression.",
     parameters=_takes(
         "expression",
         "such as 12 * (3 + 4) or sqrt(2) ^ 2; + - * / // % ^, brackets, pi, e, sqrt, sin, cos, tan (radians), "

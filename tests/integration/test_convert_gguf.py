@@ -13,10 +13,11 @@ from convert_models import FAMILIES, trained
 
 from mmft.convert.gguf import export as gguf_export
 from mmft.convert.gguf.export import Wish, export, find_pair, verify
+from mmft.convert.gguf.judge import judge
 from mmft.convert.gguf.run import LlamaCppResult, is_there
 from mmft.convert.parity import ParityError
 from mmft.convert.parts import load_parts
-from mmft.errors import ModelError
+from mmft.errors import CheckpointError, ModelError
 from mmft.inference import user_message
 from mmft.types import Conversation
 
@@ -79,6 +80,89 @@ def test_quantised_weights_load_and_their_rounding_is_told(quant, least, most, p
     report = export(folder, tmp_path / "out", plugins, Wish(quant))
     assert least < max(outcome.relative for outcome in report.outcomes) < most
     assert all(outcome.same_prompt for outcome in report.outcomes)
+
+
+@needs_llama_cpp
+def test_quantised_weights_of_a_model_that_sees_tell_both_sets_of_numbers(plugins, tmp_path):
+    folder = trained(tmp_path, plugins, **PADDED)
+    report = export(folder, tmp_path / "out", plugins, Wish("q4_0"))
+    told = json.loads((tmp_path / "out" / "parity.json").read_text("utf-8"))
+    assert report.verified and told["verified"] and told["proof"]["verified"]
+    assert (told["dtype"], told["tolerance"]) == ("q4_0", 0.8)
+    assert (told["proof"]["dtype"], told["proof"]["tolerance"]) == ("f16", 0.02)
+    assert len(told["outcomes"]) == len(told["proof"]["outcomes"]) == 9
+    most = {
+        name: max(one["relative"] for one in part["outcomes"])
+        for name, part in (("q4_0", told), ("f16", told["proof"]))
+    }
+    assert most["f16"] < TOLERANCE < 0.1 < most["q4_0"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["Modelfile", "mmproj-f16.gguf", "model-q4_0.gguf", "parity.json"]  # nothing of the proof
+
+
+@needs_llama_cpp
+def test_an_encoder_with_cls_is_refused_at_four_bits_too(plugins, tmp_path):
+    folder = trained(tmp_path, plugins, encoder="clip", encoder_options={"pad_to_square": True})
+    try:
+        report = export(folder, tmp_path / "out", plugins, Wish("q4_0"))
+    except ParityError as error:
+        assert "in f16, before q4_0 is written: a picture: the logits differ" in str(error)
+        assert "CLS token's place" in str(error)
+        assert not (tmp_path / "out").exists()
+    else:  # a llama.cpp where it is mended
+        assert max(outcome.relative for outcome in report.proof.outcomes) < TOLERANCE
+
+
+@needs_llama_cpp
+def test_a_model_whose_adapter_was_left_out_is_refused_at_four_bits_too(plugins, tmp_path, monkeypatch):
+    """The adapter moves the logits by less than 4 bits do, so only the proof before can see it."""
+    monkeypatch.setattr(convert_models, "shake", lambda built: shaken(built, 0.01))
+    folder = trained(tmp_path, plugins, encoder=None)
+    (tmp_path / "b").mkdir()
+    base = trained(tmp_path / "b", plugins, encoder=None, llm={})
+    export(folder, tmp_path / "out", plugins, Wish("q4_0"))
+    export(base, tmp_path / "base", plugins, Wish("q4_0"))
+    assert judge(folder, tmp_path / "base", plugins, Wish("q4_0"), ()).verified  # by the numbers of 4 bits alone
+    without_proof(tmp_path / "base" / "parity.json")
+    assert verify(tmp_path / "out", folder, plugins, device=CPU).verified
+    with pytest.raises(ParityError, match=r"does not give what .* gives: model-q4_0\.gguf: .* other weights"):
+        verify(tmp_path / "base", folder, plugins, device=CPU)
+    told = json.loads((tmp_path / "base" / "parity.json").read_text("utf-8"))
+    assert told["verified"] is False  # what was there had no proof, so it counted for nothing
+    assert told["proof"]["verified"] is True  # that of the model, which can be written; these files are not it
+    monkeypatch.setattr(gguf_export, "load_parts", lambda _, *args, **options: load_parts(base, *args, **options))
+    with pytest.raises(ParityError, match="in f16, before q4_0 is written: a question: the logits differ"):
+        export(folder, tmp_path / "bad", plugins, Wish("q4_0"))
+
+
+@needs_llama_cpp
+def test_weights_beyond_sixteen_bits_are_proved_in_thirty_two(plugins, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = trained(tmp_path, plugins, encoder=None, rows=8)
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    weights["model.embed_tokens.weight"][-1] = 1e5  # of a row without a token
+    save_file(weights, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="beyond the range of 16-bit floats; choose --quant bf16"):
+        export(folder, tmp_path / "half", plugins, Wish("f16"))
+    for quant in ("bf16", "q8_0"):
+        report = export(folder, tmp_path / quant, plugins, Wish(quant))
+        assert (report.dtype, report.proof.dtype, report.proof.tolerance) == (quant, "f32", 0.02)
+        assert report.note.startswith(f"proved in f32 before {quant} was written: ")
+
+
+def without_proof(parity):
+    """As it was written before there was one."""
+    content = json.loads(parity.read_text("utf-8"))
+    del content["proof"]
+    parity.write_text(json.dumps(content), "utf-8")
+
+
+@torch.no_grad()
+def shaken(built, size):
+    for parameter in built.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * size)
 
 
 @needs_llama_cpp
@@ -195,9 +279,9 @@ def test_a_damaged_file_is_told_and_an_old_result_can_be_verified_again(plugins,
     (tmp_path / "b").mkdir()
     other = trained(tmp_path / "b", plugins, encoder=None, llm={})  # the same base without the adapter
     assert verify(out, folder, plugins, device=CPU).verified
-    with pytest.raises(ParityError, match=r"does not give what .* gives: .*the logits differ by"):
+    with pytest.raises(ParityError, match=r"does not give what .* gives: .*the logits differ by.*left as it is"):
         verify(out, other, plugins, device=CPU)
-    assert json.loads((out / "parity.json").read_text("utf-8"))["verified"] is False
+    assert json.loads((out / "parity.json").read_text("utf-8"))["verified"] is True
     (out / "model-f16.gguf").write_bytes(b"GGUF\x03\x00\x00\x00 and nothing else")
     with pytest.raises(ModelError, match=r"model-f16\.gguf: llama\.cpp does not load it"):
         verify(out, folder, plugins, device=CPU)
@@ -216,6 +300,14 @@ def test_without_llama_cpp_the_result_says_that_it_is_not_verified_and_how_to(pl
         verify(tmp_path / "out", folder, plugins, device=CPU)
 
 
+def test_without_llama_cpp_an_encoder_with_cls_is_refused(plugins, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_export, "is_there", lambda: False)
+    folder = trained(tmp_path, plugins, encoder="clip", encoder_options={"pad_to_square": True})
+    with pytest.raises(ModelError, match=r"CLS token.*pip install llama-cpp-python"):
+        export(folder, tmp_path / "out", plugins, Wish("f16"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_has_no_place_in_llama_cpp_is_refused_before_anything_is_written(plugins, tmp_path):
     from mmft.cli import cli
 
@@ -225,3 +317,11 @@ def test_what_has_no_place_in_llama_cpp_is_refused_before_anything_is_written(pl
         assert result.exit_code != 0
         assert told in str(result.exception)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_place_below_a_file_is_one_line(plugins, tmp_path):
+    folder = trained(tmp_path, plugins, encoder=None)
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(CheckpointError, match=r"file/a/out: .*file is no folder; choose"):
+        export(folder, tmp_path / "file" / "a" / "out", plugins, Wish("q4_0"))
+    assert (tmp_path / "file").read_text() == "here"

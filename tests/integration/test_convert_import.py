@@ -211,6 +211,31 @@ def test_a_missing_or_foreign_weight_is_named(tmp_path, plugins):
             bring_whole(source, tmp_path / "out", plugins=plugins)
 
 
+def test_a_template_that_is_none_is_refused_before_a_weight_is_written(tmp_path, plugins, monkeypatch):
+    import mmft.convert.importing.whole as whole
+
+    source = save_hf(llava(tmp_path / "hf"), tmp_path / "hf")
+    monkeypatch.setattr(whole, "take_apart", lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "out").mkdir()  # an empty folder is free
+    with pytest.raises(MmftError, match="nonsense"):
+        bring_whole(source, tmp_path / "out", plugins=plugins, chat_template="nonsense")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_half_written_goes_whatever_stopped_it(tmp_path, plugins, monkeypatch):
+    import mmft.convert.importing.whole as whole
+
+    def stopped(_, folder, __):
+        (folder / "llm").mkdir()
+        raise KeyboardInterrupt
+
+    source = save_hf(llava(tmp_path / "hf"), tmp_path / "hf")
+    monkeypatch.setattr(whole, "take_apart", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bring_whole(source, tmp_path / "out", plugins=plugins)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_whole_model_takes_no_config_and_a_part_no_template(tmp_path, plugins):
     source = save_hf(llava(tmp_path / "hf"), tmp_path / "hf")
     run = CliRunner().invoke
@@ -222,5 +247,6 @@ def test_a_whole_model_takes_no_config_and_a_part_no_template(tmp_path, plugins)
     unknown = run(import_weights, ["nobody/llava", str(tmp_path / "out")], standalone_mode=False)
     assert "SOURCE: 'nobody/llava' is no folder and was not found on huggingface" in str(unknown.exception)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
     again = run(import_weights, [str(source), str(tmp_path / "out")], standalone_mode=False)
     assert "exists already" in str(again.exception)

@@ -331,3 +331,33 @@ def test_an_adapter_alone_is_no_model_that_sees(own, tmp_path, plugins, tiny_llm
     torch.save({"optimizer.weight": torch.zeros(1)}, tmp_path / "iter_2.pth")
     with pytest.raises(CheckpointError, match="is no checkpoint of XTuner: its parts are optimizer"):
         pth_to_hf(tmp_path / "iter_2.pth", tmp_path / "out", target=target_of(config), plugins=plugins)
+
+
+def test_weights_of_an_encoder_need_a_config_with_one(tmp_path, plugins, tiny_llm_path, tiny_clip_path):
+    vision = CLIPVisionModel.from_pretrained(tiny_clip_path).state_dict()
+    torch.save({f"visual_encoder.{key}": value for key, value in vision.items()}, tmp_path / "iter_1.pth")
+    text = TrainConfig(
+        model=Model(llm=LLM(path=str(tiny_llm_path))),
+        data=Data(datasets=(Dataset(source=use("json", path="x.json"), data_map="llava"),), max_length=64),
+        optim=Optim(lr=1e-3),
+        runtime=Runtime(output_dir=Path("out")),
+    )
+    with pytest.raises(CheckpointError, match=r"weights of a vision encoder, the config no model\.vision"):
+        pth_to_hf(tmp_path / "iter_1.pth", tmp_path / "out", target=target_of(text), plugins=plugins)
+
+
+def test_files_that_are_none_of_deepspeed_are_named_with_what_they_lack(tmp_path):
+    head, shard = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    groups = {"single_partition_of_fp32_groups": [torch.zeros(2)], "partition_count": 1}
+    for contents, words in (
+        (
+            ({"weights": {}}, None),
+            r"model_states\.pt: is no file of a DeepSpeed .*: it holds no table 'module'",
+        ),
+        (({"module": {}}, {"step": 1}), r"optim_states\.pt: .*holds no table 'optimizer_state_dict'"),
+        (({"module": {}}, {"optimizer_state_dict": groups}), "its model states hold no param_shapes"),
+    ):
+        for path, content in zip((head, shard), contents, strict=True):
+            torch.save(content, path) if content is not None else path.unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=words):
+            read_deepspeed(tmp_path)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from convert_models import LORA, family_llm, shake, trained
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mmft.convert.adapters import merge_adapter, split
 from mmft.convert.merge import merge
-from mmft.errors import CheckpointError
+from mmft.errors import CheckpointError, ModelError
 from mmft.inference import load_assistant, user_message
 from mmft.testing import tiny_vision
 from mmft.types import Conversation
@@ -81,6 +82,10 @@ def test_another_dtype_is_what_is_written(plugins, tmp_path):
     found = tensors(tmp_path / "out" / "llm" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "mmft.json").read_text("utf-8"))["precision"] == "bf16"
+    settings = json.loads((tmp_path / "out" / "llm" / "generation_config.json").read_text("utf-8"))
+    assert settings["eos_token_id"]
+    assert not [key for key in settings if key.startswith("_")]  # transformers' own marks
+    assert json.loads((tmp_path / "out" / "parity.json").read_text("utf-8"))["source"] == str(folder)
 
 
 def test_the_command_says_what_it_verified_and_fails_with_one_line(mmft, plugins, tmp_path):
@@ -123,6 +128,98 @@ def test_an_encoders_adapter_is_merged_with_is_clip(tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
+def adapter_of(model, folder, *, change=True, rename=lambda key: key):
+    """A LoRA folder whose keys are named as `rename` says."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    if change:
+        shake(adapted)
+    adapted.save_pretrained(folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({rename(key): value for key, value in tensors(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_an_encoders_adapter_as_xtuner_names_it_is_in_the_merged_weights(tmp_path):
+    """XTuner's transformers has one level more; PEFT would warn, and merge nothing."""
+    base, key = tiny_vision(tmp_path / "clip"), "encoder.layers.0.self_attn.q_proj.weight"
+    level = lambda name: name.replace("base_model.model.", "base_model.model.vision_model.")  # noqa: E731
+    adapter = adapter_of(AutoModel.from_pretrained(base), tmp_path / "adapter", rename=level)
+    report = merge_adapter(str(base), adapter, tmp_path / "out", is_clip=True, device=CPU)
+    assert report.verified
+    before, after = (AutoModel.from_pretrained(path).state_dict()[key] for path in (base, tmp_path / "out"))
+    low = tensors(adapter / "adapter_model.safetensors")
+    name = "base_model.model.vision_model." + key.removesuffix("weight")
+    change = low[name + "lora_B.weight"] @ low[name + "lora_A.weight"] * (8 / 2)
+    assert torch.allclose(after - before, change, atol=1e-6)
+
+
+def test_an_adapter_that_would_merge_nothing_is_refused(tmp_path):
+    base = family_llm(tmp_path / "llm", "llama")
+    cases = {
+        "no prefix": (lambda key: key.replace("base_model.model.model.", "base_model.model."), True),
+        "less": (lambda key: key.replace("layers.1.", "layers.7."), True),
+        "untrained": (lambda key: key, False),
+    }
+    words = {
+        "no prefix": r"does not fit .*: it has \S*layers\.0\.self_attn\.q_proj\.lora_A\S* \(4 weights have no",
+        "less": r"it has \S*layers\.7\S* \(2 weights have no place, 2 are missing\); give the model it was trained on",
+        "untrained": r"changes nothing in ",
+    }
+    for case, (rename, change) in cases.items():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        adapter = adapter_of(model, tmp_path / case, change=change, rename=rename)
+        with pytest.raises(CheckpointError, match=words[case]) as caught:
+            merge_adapter(str(base), adapter, tmp_path / "out", device=CPU)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_base_model_with_code_of_its_own_needs_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = family_llm(tmp_path / "llm", "llama")
+    adapter = adapter_of(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    (base / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": own}
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ModelError, match=r"give --trust-remote-code if you trust it$") as caught:
+        merge_adapter(str(base), adapter, tmp_path / "out", device=CPU)
+    assert "\n" not in str(caught.value)
+    assert merge_adapter(str(base), adapter, tmp_path / "out", device=CPU, trust_remote_code=True).verified
+
+
+def test_split_takes_the_models_weights_and_everything_beside_them(tmp_path):
+    base = family_llm(tmp_path / "llm", "llama")
+    save_file({"layers.0": torch.zeros(3)}, base / "consolidated.safetensors")
+    (base / "assets").mkdir()
+    (base / "assets" / "code.py").write_text("pass")
+    names = split(base, tmp_path / "out", max_shard_size="60KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text("utf-8"))
+    assert set(index["weight_map"]) == tensors(base / "model.safetensors").keys()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == names
+    assert (tmp_path / "out" / "assets" / "code.py").is_file()
+    assert split(tmp_path / "out", tmp_path / "again") == ["model.safetensors"]  # by the index, back into one
+    assert split(base, tmp_path / "again", overwrite=True)  # what it wrote itself
+    (tmp_path / "out" / names[0]).unlink()
+    with pytest.raises(CheckpointError, match=f"{names[0]} is missing, which model.safetensors.index.json names"):
+        split(tmp_path / "out", tmp_path / "third")
+
+
+def test_split_refuses_a_model_folder_of_several_parts(tmp_path, plugins):
+    folder = trained(tmp_path, plugins, encoder=None, llm={"trainable": True})
+    with pytest.raises(CheckpointError, match=r"is a model folder of mmft, of several parts; use `mmft convert merge`"):
+        split(folder, tmp_path / "out")
+
+
 def test_split_keeps_every_bit(tmp_path):
     base = family_llm(tmp_path / "llm", "llama")
     names = split(base, tmp_path / "out", max_shard_size="60KB")
@@ -132,5 +229,5 @@ def test_split_keeps_every_bit(tmp_path):
     assert whole.keys() == pieces.keys()
     assert all(torch.equal(value, pieces[key]) for key, value in whole.items())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
-    with pytest.raises(CheckpointError, match=r"holds no safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no model\*\.safetensors"):
         split(tmp_path, tmp_path / "no")

@@ -1,15 +1,8 @@
 """`mmft serve` in processes of their own, asked by the official client of OpenAI."""
 
 import asyncio
-import base64
 import signal
-import struct
-import subprocess
-import sys
-import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +10,58 @@ import httpx
 import pytest
 import torch
 from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from serve_client import (
+    ENDLESS,
+    MAX_UPLOAD,
+    PATIENCE,
+    POSITIONS,
+    QUESTION,
+    SEEN,
+    ask,
+    bomb,
+    connect,
+    connect_async,
+    data_url,
+    health,
+    served,
+    show,
+    wait_until,
+    with_positions,
+)
 
 from mmft.chat.session import ChatSession
 from mmft.inference import Assistant, find_model, load_assistant
 from mmft.memory import Usage
 from mmft.plugins import load_plugins
 
-QUESTION, SEEN = "What is it?", "A picture."
-ENDLESS = {"max_tokens": 2000, "extra_body": {"repetition_penalty": 0.01}}  # it repeats itself and never ends
-MAX_UPLOAD = 5  # MB
 
-
-@contextmanager
-def served(
-    run: Path, folder: Path, environment: dict[str, str], *options: str, end: signal.Signals, code: int
-) -> Iterator[str]:
-    """A server on a free port, ended by a signal while it writes an answer; nothing may be left of it."""
-    command = [sys.executable, "-m", "mmft", "serve", str(run), "--port", "0", *options]
-    with (folder / "log").open("w") as log, subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env={**environment, "TMPDIR": str(folder)}
-    ) as process:  # fmt: skip
-        try:
-            while "/v1 (Ctrl-C ends)" not in (shown := (folder / "log").read_text()):
-                assert process.poll() is None, shown
-                time.sleep(0.1)
-            address = shown.split(" at ")[1].split()[0]
-            yield address
-            client = OpenAI(base_url=address, api_key=environment.get("MMFT_API_KEY", "none"))
-            with client.chat.completions.create(model=client.models.list().data[0].id, messages=ask("Count."),
-                                                stream=True, **ENDLESS) as answer:  # fmt: skip
-                next(iter(answer))
-                process.send_signal(end)
-                assert process.wait(timeout=60) == code, (folder / "log").read_text()
-        finally:
-            process.kill()
-    assert [path.name for path in folder.iterdir()] == ["log"], "pictures outlive the server"
-    assert "Traceback" not in (folder / "log").read_text()
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Path:
+    return with_positions(tiny_run)
 
 
 @pytest.fixture(scope="module")
-def address(tiny_run: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = ("--max-upload", str(MAX_UPLOAD), "--device", "cpu")
+def address(run: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    options = ("--max-upload", str(MAX_UPLOAD), "--name", "run", "--device", "cpu")
     folder = tmp_path_factory.mktemp("serve")
-    with served(tiny_run, folder, environment, *options, end=signal.SIGINT, code=130) as address:
+    with served(run, folder, environment, *options, end=signal.SIGINT, code=130) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def client(address: str) -> OpenAI:
-    return OpenAI(base_url=address, api_key="none", max_retries=0)
+    return connect(address)
 
 
 @pytest.fixture(scope="module")
-def assistant(tiny_run: Path) -> Assistant:
+def assistant(run: Path) -> Assistant:
     """The same model, asked directly."""
-    return load_assistant(find_model(str(tiny_run)), load_plugins(), device=torch.device("cpu"))
+    return load_assistant(find_model(str(run)), load_plugins(), device=torch.device("cpu"))
 
 
 @pytest.fixture
 def picture(tiny_run: Path) -> Path:
     return tiny_run.parent / "red.png"
-
-
-def ask(content: Any) -> list[Any]:
-    return [{"role": "user", "content": content}]
-
-
-def data_url(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def show(url: str, text: str = QUESTION) -> list[Any]:
-    return ask([{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}])
 
 
 def numbers(usage: Any) -> tuple[int, int, int]:
@@ -98,20 +71,6 @@ def numbers(usage: Any) -> tuple[int, int, int]:
 def expected(usage: Usage | None) -> tuple[int, int, int]:
     assert usage is not None
     return usage.prompt_tokens, usage.answer_tokens, usage.reused_tokens
-
-
-def health(address: str) -> dict[str, Any]:
-    return dict(httpx.get(address.removesuffix("/v1") + "/health", timeout=60).json())
-
-
-def bomb() -> bytes:
-    """A PNG of 100,000 x 100,000 pixels, in a few bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_answer_and_numbers_are_those_of_a_chat_session_with_the_same_history(
@@ -220,7 +179,7 @@ def test_the_same_seed_gives_the_same_answer_and_greedy_is_the_default(client: O
         ({"messages": ask(" ")}, "messages[0]", r"messages\[0\]: the question is empty"),
         ({"messages": [*ask("Hi"), {"role": "assistant", "content": "Ho"}]}, "messages", "nothing is asked"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0]", "role is 'robot'; allowed are system"),
-        ({"messages": ask("Count. " * 1000)}, "messages", "they take [0-9,]+ tokens .* the context has 2,048"),
+        ({"messages": ask("Count. " * POSITIONS)}, "messages", "they take [0-9,]+ tokens .* the context has 120,000"),
         ({"messages": show("http://127.0.0.1:9/red.png")}, "messages[0].content[1]", "not fetched from the network"),
         ({"messages": show("/etc/hostname")}, "messages[0].content[1]", "neither a data: URL nor the id"),
         ({"messages": show("file:///etc/hostname")}, "messages[0].content[1]", "neither a data: URL nor the id"),
@@ -272,7 +231,7 @@ def test_a_body_of_100_mb_is_refused_while_it_comes(address: str, path: str, dec
     headers = {"Content-Type": "multipart/form-data; boundary=b"} | (
         {"Content-Length": "100000072"} if declared else {}
     )
-    answer = httpx.post(address + path, content=body(), headers=headers, timeout=60)
+    answer = httpx.post(address + path, content=body(), headers=headers, timeout=PATIENCE)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
     assert sent < 50_000_000
 
@@ -283,15 +242,8 @@ def test_nonsense_is_refused_in_the_same_form(address: str) -> None:
         ("POST", "/chat/completions", b"[" * 100_000, 400), ("GET", "/chat/completions", b"", 405),
         ("GET", "/nowhere", b"", 404), ("POST", "/files", b"", 400),
     ):  # fmt: skip
-        answer = httpx.request(method, address + path, content=body, timeout=60)
+        answer = httpx.request(method, address + path, content=body, timeout=PATIENCE)
         assert (answer.status_code, sorted(answer.json()["error"])) == (status, ["code", "message", "param", "type"])
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -300,7 +252,7 @@ def test_the_model_stops_when_the_client_leaves(address: str, client: OpenAI, st
     assert before["in_progress"] == 0
 
     async def leave_in_the_middle() -> None:
-        async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0) as leaving:
+        async with connect_async(address) as leaving:
             asked = leaving.chat.completions.create(model="run", messages=ask("Count."), stream=stream, **ENDLESS)
             if stream:
                 await anext(aiter(await asked))
@@ -331,7 +283,7 @@ def test_32_clients_at_once_get_each_its_own_answer(address: str, answers: dict[
         return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
     async def everybody() -> list[str]:
-        async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        async with connect_async(address) as client:
             asked = (one(client, messages, number % 2 == 0) for number, (messages, _) in enumerate(cases))
             return await asyncio.gather(*asked)
 
@@ -343,11 +295,11 @@ def test_a_text_model_with_a_key_and_no_queue_refuses_pictures_strangers_and_who
 ) -> None:
     surroundings = {**environment, "MMFT_API_KEY": "secret"}
     options = ("--max-waiting", "0", "--name", "mine/text", "--device", "cpu")
-    with served(tiny_text_run, tmp_path, surroundings, *options, end=signal.SIGTERM, code=0) as address:
-        client = OpenAI(base_url=address, api_key="secret", max_retries=0)
+    with served(with_positions(tiny_text_run), tmp_path, surroundings, *options, end=signal.SIGTERM, code=0) as address:
+        client = connect(address, "secret")
         assert client.models.retrieve("mine/text").id == "mine/text"
         with pytest.raises(APIStatusError, match="API key is missing or wrong") as refused:
-            OpenAI(base_url=address, api_key="guess", max_retries=0).models.list()
+            connect(address, "guess").models.list()
         assert (refused.value.status_code, health(address)["status"]) == (401, "ok")
         with pytest.raises(BadRequestError, match="this is a text model, it takes no pictures"):
             client.chat.completions.create(model="mine/text", messages=show(data_url(picture.read_bytes())))

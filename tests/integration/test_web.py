@@ -1,6 +1,7 @@
 """The page of `mmft web` in a process of its own: a real browser, and clients that speak its protocol."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from threading import Barrier
 
 import pytest
 from playwright.sync_api import Browser, expect
-from web_visitors import BOX, NO_PROXY, Client, Visitor, chromium, free_port
+from web_visitors import BOX, NO_PROXY, Client, Visitor, chromium
 
 from mmft.chat.transcript import read_transcript
 
@@ -33,22 +34,22 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tiny_run: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page, with a temporary folder of its own and a proxy that is dead."""
-    port, folder = free_port(), tmp_path_factory.mktemp("web")
+    folder = tmp_path_factory.mktemp("web")
     pictures = folder.parent / "web-examples"
     pictures.mkdir()
     shutil.copyfile(tiny_run.parent / "red.png", pictures / "red.png")
-    command = [sys.executable, "-m", "mmft", "web", str(tiny_run), "--port", str(port), "--examples", str(pictures),
+    command = [sys.executable, "-m", "mmft", "web", str(tiny_run), "--port", "0", "--examples", str(pictures),
                "--max-new-tokens", "100"]  # fmt: skip
     surroundings = {**environment, "TMPDIR": str(folder), "http_proxy": "http://127.0.0.1:9"}
     with (folder / "log").open("w") as log, subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=surroundings
     ) as server:  # fmt: skip
-        while f"open http://127.0.0.1:{port}/" not in (shown := (folder / "log").read_text()):
+        while not (opened := re.search(r"open (http://127\.0\.0\.1:\d+)/ ", shown := (folder / "log").read_text())):
             assert server.poll() is None, shown
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
+        yield opened[1]
         server.terminate()
-        server.wait(timeout=60)
+        server.wait(timeout=600)
     assert [path.name for path in folder.iterdir()] == ["log"], "uploads outlive the server"
 
 
@@ -177,7 +178,10 @@ def test_html_is_shown_as_text_and_never_runs(visitor: Visitor, answers: dict[st
     visitor.ask(mine)
     expect(visitor.page.locator("[data-testid=bot]")).to_have_count(2)
     assert visitor.page.locator("[data-testid=user]").nth(1).inner_text().replace("\u2060", "") == mine
-    visitor.page.wait_for_timeout(300)
+    expect(visitor.page.locator(BOX)).to_be_enabled()
+    visitor.ask("Say hello.")  # a whole answer later, everything of the one before was loaded or refused
+    expect(visitor.page.locator("[data-testid=bot]")).to_have_count(3)
+    expect(visitor.page.locator(BOX)).to_be_enabled()
     assert visitor.page.evaluate("window.ran") is None
     assert visitor.page.locator("[data-testid=bot] b, [data-testid=bot] img, [data-testid=user] img").count() == 0
 
@@ -212,6 +216,22 @@ def test_a_second_question_of_a_visitor_waits_for_the_answer_to_the_first(addres
         client.begin("Again?")
     assert "One question at a time" in refused.value.read().decode()
     assert client.read(client.join()) == "Hello there."
+
+
+def test_asking_again_where_nothing_was_asked_or_a_wrong_edit_does_nothing(address: str) -> None:
+    client = Client(address)
+    wrong = (None, {}, {"index": None, "value": "x"}, {"index": 7, "value": "x"}, {"index": [], "value": "x"}, "x")
+    for kind, about in (("retry", None), *(("edit", given) for given in wrong)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            client.post(client.event(kind), None, None, about=about)
+        answer = json.load(refused.value)
+        assert (answer["error"], answer["visible"]) == ("", False), (kind, about)
+    assert client.ask("Say hello.") == "Hello there."
+    for about in (None, {"index": -1, "value": "x"}, {"index": 0, "value": None}, {"index": 2, "value": "x"}):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            client.post(client.event("edit"), None, None, about=about)
+        assert json.load(refused.value)["error"] == "", about
+    assert client.ask("Again?") == "Hello again."
 
 
 def bomb() -> bytes:

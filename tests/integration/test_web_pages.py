@@ -1,6 +1,7 @@
 """Pages of this process: two models beside each other, other languages, the queue's bound, passwords, and the turns."""
 
 import json
+import socket
 import sys
 import urllib.error
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from playwright.sync_api import Browser, expect
-from web_visitors import BOX, NO_PROXY, STOP, Visitor, chromium, free_port
+from web_visitors import BOX, NO_PROXY, STOP, Client, Visitor, chromium
 
 from mmft.chat.tools import ToolUse
 from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures, logins, short_names
-from mmft.chat.web.server import check, launch
+from mmft.chat.web.server import bind, launch
 from mmft.chat.web.turns import Answer, Seat, Style, Turn, answered, edited, history, shown, turn_at
 from mmft.chat.web.words import WORDS, say
 from mmft.cli.talk import web
@@ -52,8 +53,9 @@ def reading(tiny_text_run: Path) -> Assistant:
 def served(seats: Sequence[Seat], auth: Sequence[str] = (), **options: Any) -> Iterator[str]:
     from mmft.chat.web.page import build_page
 
-    with closing(build_page(seats, PageOptions(**options))) as page:
-        yield launch(page, ServeOptions(port=free_port(), auth=auth))[1].rstrip("/")
+    server = ServeOptions(port=0, auth=auth, max_upload=1)
+    with bind(server) as bound, closing(build_page(seats, PageOptions(**options))) as page:
+        yield launch(page, server, bound)[0].rstrip("/")
 
 
 @contextmanager
@@ -108,8 +110,11 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_or_where_it_is_told_to(
             visitor.page.get_by_label("随机种子").fill("x")
             visitor.ask("你是谁？")
             visitor.expect_answers("⚠ 未能回答: seed=x: allowed is a whole number")
-            hidden = visitor.page.locator("#chat-0 button:visible").all()
-            assert [button.get_attribute("aria-label") for button in hidden] in (["编辑", "重试"], ["Edit", "Retry"])
+            expect(visitor.page.locator(BOX)).to_be_enabled()
+            buttons = visitor.page.locator("#chat-0 button:visible")
+            expect(buttons).to_have_count(2)
+            labels = [button.get_attribute("aria-label") for button in buttons.all()]
+            assert labels in (["编辑", "重试"], ["Edit", "Retry"])
 
 
 @pytest.fixture
@@ -125,17 +130,21 @@ def endless(reading: Assistant) -> Iterator[str]:
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, endless: str) -> None:
-    with visiting(browser, endless) as visitor:
+    with visiting(browser, endless) as visitor, visiting(browser, endless) as other:
         assert visitor.page.locator("input[type=file]").count() == 0  # a text model has no control for pictures
-        for turn in range(2):
-            visitor.ask("Say hello.")
-            answer = visitor.page.locator("[data-testid=bot]").nth(turn)
-            expect(answer).not_to_be_empty()
-            visitor.page.locator(STOP).click()
-            expect(visitor.page.locator(BOX)).to_be_enabled()
-            kept = answer.inner_text()
-            visitor.page.wait_for_timeout(500)
-            assert answer.inner_text() == kept != ""
+        visitor.ask("Say hello.")
+        answer = visitor.page.locator("[data-testid=bot]")
+        expect(answer).not_to_be_empty()
+        written = answer.inner_text().rstrip()
+        visitor.page.locator(STOP).click()
+        expect(visitor.page.locator(BOX)).to_be_enabled()
+        other.ask("Say hello.")
+        expect(other.page.locator("[data-testid=bot]")).not_to_be_empty()  # the model is free
+        kept = answer.inner_text()
+        assert kept.startswith(written) and written
+        other.page.locator(STOP).click()
+        expect(other.page.locator(BOX)).to_be_enabled()
+        assert answer.inner_text() == kept
 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
@@ -212,6 +221,7 @@ def test_an_edited_message_is_found_and_freed_of_what_made_it_harmless() -> None
     turns = (Turn("a < b && <i>", ("x.png",), (given,)), Turn("two", answers=(given,)))
     messages = shown(turns)
     assert [turn_at(turns, place) for place in range(len(messages))] == [0, 0, 0, 1, 1]
+    assert (turn_at(turns, len(messages)), turn_at(turns, -1), turn_at((), 0)) == (None, None, None)
     assert (messages[1]["content"][0]["text"], edited("a < b && <\u2060i>")) == ("a < b && <\u2060i>", turns[0].text)
 
 
@@ -229,6 +239,24 @@ def test_only_who_has_a_password_comes_in(reading: Assistant) -> None:
                 assert (error.code, accepted) == (400, False)
 
 
+def test_uploads_have_a_bound_together_and_the_server_goes_on(
+    reading: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with served([Seat("reads", reading)]) as address:  # --max-upload 1
+        client = Client(address)
+        client.upload("a.png", bytes(900_000))
+        with (tmp_path / "of others").open("wb") as file:
+            file.truncate(98_500_000)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            client.upload("b.png", bytes(900_000))
+        line = "all uploads together may have 100,000,000 bytes, and there is no room for this one; try tomorrow"
+        assert (refused.value.code, refused.value.read().decode()) == (413, line)
+        assert sum(path.stat().st_size == 900_000 for path in tmp_path.rglob("*.png")) == 1
+        (tmp_path / "of others").unlink()
+        client.upload("b.png", bytes(900_000))
+
+
 @pytest.mark.parametrize(
     ("auth", "line"), [(["ann"], "not USER:PASSWORD"), (["ann:"], "neither empty"), (["a:b", "a:c"], "given twice")]
 )
@@ -244,21 +272,31 @@ def test_passwords_are_taken_from_the_environment() -> None:
 
 
 def test_a_port_in_use_is_one_clear_error() -> None:
-    import socket
-
     with (
         closing(socket.create_server(("127.0.0.1", 0))) as taken,
         pytest.raises(
             MmftError, match=r"^cannot serve on 127\.0\.0\.1:\d+: Address already in use; give another --port"
         ),
     ):
-        check(ServeOptions(port=taken.getsockname()[1]))
+        bind(ServeOptions(port=taken.getsockname()[1]))
+
+
+def test_a_port_taken_while_the_model_is_loaded_is_the_same_error(reading: Assistant) -> None:
+    from mmft.chat.web.page import build_page
+
+    line = r"^cannot serve on 127\.0\.0\.1:\d+: Address already in use; give another --port or --host$"
+    with bind(options := ServeOptions(port=0)) as bound:
+        with pytest.raises(ConnectionRefusedError):  # nobody waits for the model
+            socket.create_connection(bound.getsockname())
+        page, port = build_page([Seat("reads", reading)], PageOptions()), bound.getsockname()[1]
+        with closing(socket.create_server(("127.0.0.1", port))), pytest.raises(MmftError, match=line):
+            launch(page, options, bound)
 
 
 def test_without_gradio_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MmftError, match=r'^the page needs gradio; run: pip install "mmft\[web\]"$'):
-        check(ServeOptions(port=free_port()))
+        bind(ServeOptions(port=0))
 
 
 def test_models_are_named_by_what_tells_them_apart() -> None:

@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import socket
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,8 @@ FLAGS = [
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SEND, STOP = "[data-testid=submit-button], .submit-button", "[data-testid=stop-button], .stop-button"
 BOX = "#entry textarea"
-PATIENCE = 60_000  # milliseconds; a busy machine is no error
+PATIENCE = 120_000  # milliseconds; a busy machine is no error
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
 
 
 @contextmanager
@@ -108,13 +102,13 @@ class Client:
         """The answer that the page shows to a question, in a conversation that goes on."""
         self.begin(text, *files)
         answer = self.read(self.join())
-        self._run(self._after(self._after(self.send)), None, None)
+        self.post(self._after(self._after(self.send)), None, None)
         return answer
 
     def begin(self, text: str, *files: str) -> None:
         """Show the question, and close the box. Raises HTTPError where it is refused."""
         given = {"text": text, "files": [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in files]}
-        self._run(self.send, given, None, None)
+        self.post(self.send, given, None, None)
 
     def join(self) -> str:
         """A place in the queue. Raises HTTPError where it is full."""
@@ -139,15 +133,20 @@ class Client:
         request = urllib.request.Request(f"{self.api}/upload", head + content + b"\r\n--b--\r\n", kind)
         return str(json.load(NO_PROXY.open(request))[0])
 
+    def event(self, kind: str) -> dict[str, Any]:
+        """What a chat area does on `retry` or `edit`."""
+        return next(event for event in self._events.values() if any(name == kind for _, name in event["targets"]))
+
+    def post(self, event: dict[str, Any], *data: Any, about: Any = None) -> None:
+        """An event with whatever data, as nobody's page would send it. Raises HTTPError where it is refused."""
+        self._post("run/predict", {"data": data, "fn_index": event["id"], "event_data": about})
+
     def _after(self, event: dict[str, Any]) -> dict[str, Any]:
         """What follows an event that went well."""
         return next(e for e in self._events.values() if e["trigger_after"] == event["id"])
 
-    def _run(self, event: dict[str, Any], *data: Any) -> None:
-        self._post("run/predict", {"data": data, "fn_index": event["id"]})
-
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        body = {**body, "session_hash": self.session, "event_data": None, "trigger_id": None}
+        body = {"session_hash": self.session, "event_data": None, "trigger_id": None, **body}
         kind = {"Content-Type": "application/json"}
         with NO_PROXY.open(urllib.request.Request(f"{self.api}/{path}", json.dumps(body).encode(), kind)) as answer:
             return json.load(answer)

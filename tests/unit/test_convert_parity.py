@@ -1,15 +1,19 @@
 """The parity gate's own rules: what is asked, what is said of what was not, and results that cannot be asked here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmft.cli.convert import say
-from mmft.convert.parity import LeftOut, ask_source, compare, probes, unverified
+from mmft.config import LLM, Model, Vision, use
+from mmft.convert.parity import LeftOut, Report, ask_source, compare, probes, unverified, write_report
 from mmft.convert.verify import verify
 from mmft.errors import CheckpointError, DataError, ModelError
 from mmft.types import Conversation
+
+CPU = torch.device("cpu")
 
 
 class Source:
@@ -73,6 +77,52 @@ def test_a_result_that_cannot_be_run_here_says_so_and_how_to_verify_it(tmp_path,
     assert content["command"] == f"mmft convert verify {tmp_path / 'out'} RUN"
 
 
+def test_numbers_that_hold_are_not_replaced_by_others_that_do_not(tmp_path):
+    good, bad = Report(True, "float32", 1e-4, ()), Report(False, "float32", 1e-4, (), "the logits differ")
+    assert write_report(bad, tmp_path, "one")
+    assert write_report(good, tmp_path)
+    assert not write_report(bad, tmp_path, "another")
+    content = json.loads((tmp_path / "parity.json").read_text("utf-8"))
+    assert (content["verified"], content["source"]) == (True, "one")
+
+
+def written(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content, "utf-8")
+    return folder
+
+
+def test_a_model_is_not_verified_against_itself_nor_a_run_as_a_result(tmp_path, plugins):
+    run = written(tmp_path / "run" / "final", mmft="{}")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match="is the model itself; give what `mmft convert` made of it"):
+        verify(tmp_path / "run" / ".." / "run" / "final", run, plugins, device=CPU)
+    with pytest.raises(CheckpointError, match="is what training left"):
+        verify(run, tmp_path / "other", plugins, device=CPU)
+    assert not (run / "parity.json").exists()
+
+
+def test_a_config_that_is_no_json_is_one_line(tmp_path, plugins):
+    for content in ("{", "3"):
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read: ") as caught:
+            verify(written(tmp_path / "out", config=content), tmp_path / "run", plugins, device=CPU)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_text_result_is_not_asked_about_pictures_nor_one_that_sees_about_none(
+    sees, tmp_path, plugins, tiny_llm_path, tiny_clip_path
+):
+    see = Vision(encoder=use("clip", path=str(tiny_clip_path)), projector=use("mlp2x_gelu")) if sees else None
+    model = Model(llm=LLM(path=str(tiny_llm_path)), vision=see).model_dump(mode="json")
+    content = {"model": model, "chat_template": "auto", "precision": "fp32", "plugins": {}, "files": {}}
+    run = written(tmp_path / "run", mmft=json.dumps(content))
+    out = written(tmp_path / "out", config="{}", **({} if sees else {"preprocessor_config": "{}"}))
+    with pytest.raises(CheckpointError, match=r"sees pictures and \S+ does not: \S+out was not made of \S+run"):
+        verify(out, run, plugins, device=CPU)
+
+
 def test_what_no_conversion_wrote_is_not_verified(tmp_path, plugins):
     with pytest.raises(CheckpointError, match=r"holds no config.json and no mmft.json; give what `mmft convert`"):
-        verify(tmp_path, tmp_path, plugins, device=torch.device("cpu"))
+        verify(tmp_path, tmp_path / "run", plugins, device=CPU)

@@ -1,5 +1,7 @@
 """Keys, names and types of GGUF files, and the chat formats beside them; what llama.cpp makes of them is elsewhere."""
 
+from pathlib import Path
+
 import jinja2
 import pytest
 import torch
@@ -8,10 +10,10 @@ from transformers import AutoConfig
 
 from mmft.convert.chat_jinja import SAID
 from mmft.convert.gguf.chat import MARKED, modelfile
-from mmft.convert.gguf.file import Piece, find_quant, ggml_type
+from mmft.convert.gguf.file import PROVES, QUANTS, Piece, find_quant, ggml_type, write_file
 from mmft.convert.gguf.text import find_family, pair_up, text_file
 from mmft.convert.gguf.vision import check_pictures, check_projector, encoder_tensors
-from mmft.errors import ModelError
+from mmft.errors import CheckpointError, ModelError
 from mmft.images import ImageTransform
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -64,6 +66,23 @@ def test_vectors_stay_floats_and_the_head_keeps_eight_bits(name, shape, quant, k
 def test_types_that_only_llama_cpp_writes_are_refused_with_its_command():
     with pytest.raises(ModelError, match=r"--quant q4_k_m: .*llama-quantize OUT/model-f16.gguf .* Q4_K_M"):
         find_quant("q4_k_m")
+
+
+def test_a_type_whose_rounding_hides_a_lost_adapter_is_never_its_own_proof():
+    for name, quant in QUANTS.items():
+        assert QUANTS[PROVES.get(name, name)].tolerance < 0.1 / 4
+        assert (name in PROVES) == (quant.tolerance > 0.02)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("rows", [1, 100_000], ids=["in the last bytes", "in the middle"])
+def test_a_full_disk_is_one_line(rows):
+    from gguf import GGUFWriter
+
+    tensors = [Piece.of(f"blk.{k}.attn_q.weight", torch.zeros(rows, 32)) for k in range(2)]
+    with pytest.raises(CheckpointError, match=r"^/dev/full cannot be written: [^\n]*; make room") as told:
+        write_file(Path("/dev/full"), GGUFWriter(None, "llama"), tensors, "f16")
+    assert "\n" not in str(told.value)
 
 
 def said(content):

@@ -280,6 +280,10 @@ def test_the_command_writes_the_folder_and_never_over_another(tmp_path, plugins)
     assert done.exception is None
     assert "mlp2x_gelu" in done.output
     assert "exists already" in str(CliRunner().invoke(import_weights, arguments, standalone_mode=False).exception)
+    assert CliRunner().invoke(import_weights, [*arguments, "--overwrite"], standalone_mode=False).exception is None
+    within = [str(tmp_path / "out" / "projector.safetensors"), str(tmp_path / "out"), "--overwrite"]
+    assert "which is read" in str(CliRunner().invoke(import_weights, within, standalone_mode=False).exception)
+    assert (tmp_path / "out" / "projector.safetensors").is_file()
     missing = CliRunner().invoke(import_weights, [str(tmp_path / "none"), str(tmp_path / "x")], standalone_mode=False)
     assert "does not exist" in str(missing.exception)
 

@@ -1,40 +1,27 @@
-"""The rules of the server, without a network: what is read, what is kept, who is let in, what is answered."""
+"""The rules of the server, without a network: who is let in, what is answered, what is remembered."""
 
 import asyncio
-import base64
 import json
-import logging
-import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
 import pytest
 from chat_models import SHORT, counted, make_assistant, pictures_encoded
-from PIL import Image as PILImage
+from serve_requests import LOOK_UP, QUESTION, data_url, said, shown
 
-from mmft.chat.server.app import ServerOptions, bind, build_app
+from mmft.chat.server.app import ServerOptions, build_app
 from mmft.chat.server.desk import Desk, Job
-from mmft.chat.server.engines import command
 from mmft.chat.server.errors import Refused
 from mmft.chat.server.pictures import Pictures
 from mmft.chat.server.request import Reader
-from mmft.cli.serve import served_name
-from mmft.errors import MmftError, ModelError
+from mmft.errors import ModelError
 from mmft.inference import Assistant, Generation, user_message
 from mmft.memory import Memory, Usage
-from mmft.plugins import load_plugins
-from mmft.types import Conversation, Image, Message, Text, ToolCall
-
-LOOK_UP = {
-    "type": "function",
-    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}},
-}
-QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12}
+from mmft.types import Conversation, Message, Text, ToolCall
 
 
 @pytest.fixture(scope="module")
@@ -91,105 +78,6 @@ def post(client: httpx.AsyncClient, *requests: dict[str, Any], headers: dict[str
     return asyncio.run(everything())
 
 
-@pytest.fixture
-def read(seeing: Assistant, folder: Path) -> Callable[..., Conversation]:
-    """`read(*messages)`: the conversation of a request."""
-    reader = Reader("m", seeing.template, True, Generation(), Pictures(folder))
-    return lambda *messages, **more: reader.read(json.dumps({"messages": messages, **more}).encode()).conversation
-
-
-def data_url(color: str, tmp_path: Path) -> str:
-    PILImage.new("RGB", (30, 20), color).save(tmp_path / f"{color}.png")
-    return "data:image/png;base64," + base64.b64encode((tmp_path / f"{color}.png").read_bytes()).decode()
-
-
-def shown(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
-
-
-def said(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def test_pictures_before_or_after_the_text_are_asked_about_as_in_chat(
-    read: Callable[..., Conversation], tmp_path: Path
-) -> None:
-    red, blue = shown(data_url("red", tmp_path)), shown(data_url("blue", tmp_path))
-    for content in ([red, blue, said("Which?")], [said("Which?"), red, blue], [red, said("Wh"), said("ich?"), blue]):
-        (message,) = read({"role": "user", "content": content}).messages
-        assert message == user_message("Which?", [image.source for image in message.images])
-        assert len({image.source for image in message.images}) == 2
-
-
-def test_a_picture_between_two_texts_stays_there(read: Callable[..., Conversation], tmp_path: Path) -> None:
-    content = [said("First: "), shown(data_url("red", tmp_path)), said(" and then?")]
-    (message,) = read({"role": "user", "content": content}).messages
-    assert [type(part) for part in message.parts] == [Text, Image, Text]
-
-
-def test_calls_and_their_results_are_read_as_the_training_data_is(
-    seeing: Assistant, read: Callable[..., Conversation]
-) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "cat"}'}}
-    conversation = read(
-        {"role": "user", "content": "What is a cat?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "An animal."},
-        tools=[LOOK_UP],
-    )
-    assert conversation.messages[1:] == (
-        Message("assistant", (), (ToolCall("look_up", {"word": "cat"}, "c1"),)),
-        Message("tool", (Text("An animal."),), call_id="c1"),
-    )
-    assert conversation.tools == (LOOK_UP,)
-    prompt = seeing.shape.tokenizer.hf.decode(seeing.prompt(conversation).input_ids)
-    assert prompt.index('"word": "cat"') < prompt.index("An animal.")
-
-
-@pytest.mark.parametrize(
-    ("messages", "more", "message"),
-    [
-        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], {}, "'input_audio'; allowed are"),
-        ([{"role": "user", "content": 7}], {}, r"messages\[0\]: content is neither"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], {}, "as JSON in a st"),
-        (["Hi"], {}, r"messages\[0\]: role is None"),
-        ([{"role": "user", "content": "Hi"}], {"tools": [{"name": "f"}]}, r"tools\[0\]: allowed is"),
-        ([{"role": "user", "content": "Hi"}], {"tool_choice": "required"}, 'tool_choice .* "auto" or "none"'),
-        ([{"role": "user", "content": "Hi"}], {"max_tokens": 1, "max_completion_tokens": 2}, "differ; give one"),
-        ([{"role": "user", "content": "Hi"}], {"reasoning_effort": "high"}, "reasoning_effort is not supported"),
-    ],
-)
-def test_what_a_request_may_not_say(
-    read: Callable[..., Conversation], messages: list[Any], more: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(Refused, match=message):
-        read(*messages, **more)
-
-
-def test_half_a_character_is_no_json(read: Callable[..., Conversation]) -> None:
-    with pytest.raises(Refused, match="is no JSON"):
-        read({"role": "user", "content": "\ud800"})
-
-
-def test_a_picture_is_kept_while_a_request_needs_it_and_no_longer(folder: Path, tmp_path: Path) -> None:
-    pictures, url = Pictures(folder), data_url("red", tmp_path)
-    first, again = pictures.hold(url, "here"), pictures.hold(url, "there")
-    assert first == again
-    pictures.release([first])
-    assert first.is_file()
-    pictures.release([again])
-    assert list(folder.iterdir()) == []
-
-
-def test_a_request_that_is_refused_leaves_no_picture(
-    read: Callable[..., Conversation], folder: Path, tmp_path: Path
-) -> None:
-    good, bad = shown(data_url("red", tmp_path)), shown("data:image/png;base64,AAAA")
-    with pytest.raises(Refused, match="not an image"):
-        read({"role": "user", "content": [good, good, bad]})
-    assert list(folder.iterdir()) == []
-
-
 def test_a_picture_that_is_sent_again_is_not_encoded_again(
     seeing: Assistant, serving: Callable[..., Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +91,25 @@ def test_a_picture_that_is_sent_again_is_not_encoded_again(
     usage = again.json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] > answer.json()["usage"]["prompt_tokens"]
     assert len(list(folder.iterdir())) == 1
+
+
+def test_how_much_was_used_again_is_told_only_to_who_asked_it_before(
+    seeing: Assistant, serving: Callable[..., Any]
+) -> None:
+    def asks(*messages: Any, **more: Any) -> int:
+        (answer,) = post(client, {"messages": messages, "max_tokens": 4, **more})
+        answers.append(answer.json()["choices"][0]["message"])
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    answers: list[Any] = []
+    client, desk = serving(seeing)
+    secret, guess = ({"role": "user", "content": f"My number is {number}"} for number in (1234, 1239))
+    again = {"role": "user", "content": "And now?"}
+    assert asks(secret) == asks(guess) == asks(secret) == asks(secret) == 0
+    assert desk.memory.usage is not None and desk.memory.usage.reused_tokens > 10  # it was, and nobody is told
+    assert asks(secret, answers[-1], again) > 10
+    assert asks(secret, answers[-2], again) == 0
+    assert asks(secret, answers[-3], again, answers[-1], again, tools=[LOOK_UP]) == 0
 
 
 def test_a_call_is_handed_out_and_never_shown(seeing: Assistant, serving: Callable[..., Any]) -> None:
@@ -245,13 +152,6 @@ def test_tools_are_not_advertised_where_none_may_be_called(seeing: Assistant, se
     assert scripted.asked[0].tools == ()
 
 
-def test_tools_are_refused_where_the_template_has_no_form_for_them(seeing: Assistant, folder: Path) -> None:
-    template = load_plugins().chat_templates.get("vicuna")
-    reader = Reader("m", template, True, Generation(), Pictures(folder))
-    with pytest.raises(Refused, match="chat template, 'vicuna', has no form for tools"):
-        reader.read(json.dumps({**QUESTION, "tools": [LOOK_UP]}).encode())
-
-
 def test_whoever_comes_when_the_queue_is_full_is_told_so(seeing: Assistant, serving: Callable[..., Any]) -> None:
     client, desk = serving(seeing, max_waiting=1)
     with desk.place():
@@ -284,6 +184,48 @@ def test_an_answer_nobody_waits_for_costs_no_more_tokens(seeing: Assistant, fold
     with counted(seeing) as passes:
         asyncio.run(leave_after_two_pieces())
     assert 2 <= len(passes) < 1500
+
+
+def test_whoever_still_waits_for_an_answer_that_was_given_up_is_told_so(seeing: Assistant, folder: Path) -> None:
+    gone: list[Event | None] = []
+
+    class Left(Scripted):
+        """Its client is found to have left at the second piece, or was before the first."""
+
+        def stream(self, *args: Any, cancel: Event | None = None, **more: Any) -> Iterator[str]:
+            gone.append(cancel)
+            yield "Hel"
+            assert cancel is not None
+            cancel.set()
+            yield "lo"
+
+    pictures = Pictures(folder)
+    reader = Reader("m", seeing.template, True, Generation(), pictures)
+
+    async def given_up() -> None:
+        desk = Desk(Left(seeing.model, seeing.shape, seeing.template), pictures, max_waiting=1)
+        for pieces, gone_before in ((1, False), (0, True)):
+            job = Job(reader.read(json.dumps(QUESTION).encode()))
+            if gone_before:
+                job.gone.set()
+            desk.put(job)
+            for _ in range(pieces):
+                await job.next()
+            with pytest.raises(Refused, match="the client left") as left:
+                await asyncio.wait_for(job.next(), timeout=300)
+            assert left.value.status == 499
+        desk.close()
+        assert (desk.cancelled, desk.answered) == (2, 0)
+
+    asyncio.run(given_up())
+    assert len(gone) == 1
+
+
+def test_an_answer_that_ended_by_itself_was_not_cancelled(seeing: Assistant) -> None:
+    cancel = Event()
+    conversation = Conversation((user_message("Hello"),))
+    assert list(seeing.stream(conversation, SHORT, Memory(), cancel=cancel))
+    assert not cancel.is_set()
 
 
 def test_a_bug_is_told_without_its_details_and_the_server_goes_on(
@@ -337,79 +279,3 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door(
         return [(await client.get(f"http://server{path}", headers=headers)).status_code for path in paths]
 
     assert asyncio.run(statuses()) == [status, status, 200]
-
-
-def test_a_port_in_use_is_one_clear_error_before_a_model_is_loaded() -> None:
-    with (
-        closing(socket.create_server(("127.0.0.1", 0))) as taken,
-        pytest.raises(MmftError, match=r"^cannot serve on 127\.0\.0\.1:\d+: Address already in use; give another"),
-    ):
-        bind(ServerOptions(port=taken.getsockname()[1]))
-
-
-def test_nobody_is_let_wait_for_a_model_that_is_not_loaded_yet() -> None:
-    with bind(ServerOptions(port=0)) as bound, pytest.raises(ConnectionRefusedError):
-        socket.create_connection(bound.getsockname())
-
-
-def test_a_server_for_everybody_without_a_key_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "mmft"):
-        bind(ServerOptions(host="0.0.0.0", port=0, api_key="secret")).close()
-        assert caplog.text == ""
-        bind(ServerOptions(host="0.0.0.0", port=0)).close()
-    assert "everybody who reaches this machine can ask; --api-key" in caplog.text
-
-
-def test_without_its_packages_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(MmftError, match=r'^the server needs uvicorn; run: pip install "mmft\[serve\]"$'):
-        bind(ServerOptions(port=0))
-
-
-def test_a_model_is_called_what_its_folder_is_called(tmp_path: Path) -> None:
-    for name in ("run/final", "run/checkpoint-5", "hf_model"):
-        (tmp_path / name).mkdir(parents=True)
-    given = (str(tmp_path / "run/final"), str(tmp_path / "run/checkpoint-5"), str(tmp_path / "hf_model"), "org/model")
-    assert [served_name(name) for name in given] == ["run", "run/checkpoint-5", "hf_model", "org/model"]
-
-
-def test_another_engine_is_told_the_options_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "vllm"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    line, surroundings = command("vllm", "org/model", {"port": 9, "api_key": "secret", "dtype": "bf16", "name": "m"})
-    assert line[1:3] == ["serve", "org/model"]
-    assert "--port 9 --dtype bfloat16 --served-model-name m" in " ".join(line)
-    assert (surroundings, "secret" in line) == ({"VLLM_API_KEY": "secret"}, False)
-    line, _ = command("transformers", "org/model", {})
-    assert line[1:] == [
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        "org/model",
-        *("--host", "127.0.0.1", "--port", "8000"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("engine", "model", "options", "message"),
-    [
-        ("transformers", None, {}, "--engine transformers needs a MODEL"),
-        ("transformers", "org/model", {"api_key": "x"}, "--api-key: transformers has no such option; leave it out, or"),
-        ("vllm", "org/model", {"max_waiting": 1}, "--max-waiting: vllm has no such option"),
-        ("vllm", "run", {}, "vllm does not open; mmft convert hf .*run OUT, then mmft serve OUT --engine vllm"),
-        ("vllm", "org/model", {}, "vllm is not installed here; where it is: vllm serve org/model"),
-    ],
-)
-def test_another_engine_is_refused_with_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, model: str | None, options: Any, message: str
-) -> None:
-    (tmp_path / "run/final").mkdir(parents=True)
-    (tmp_path / "run/final/mmft.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(ModelError, match=message):
-        command(engine, model, options)

@@ -81,6 +81,10 @@ def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    """The numbers of tokens. Of the prompt before, `cached_tokens` tells only whoever asked that too (`Desk`).
+
+    How long an answer takes still hints at it: all who have the server's key (`--api-key`) are one group of users.
+    """
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.answer_tokens,

@@ -6,7 +6,6 @@ computed for the last one.
 
 import hmac
 import logging
-import os
 import signal
 import socket
 import tempfile
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmft.chat.address import LOCAL, take_address, unusable
 from mmft.chat.server.answer import Answer
 from mmft.chat.server.desk import Desk, Job
 from mmft.chat.server.errors import Refused
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("mmft")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 PURPOSES = ("vision", "user_data")
 GRACE = 5  # seconds for those who are told that the server ends
 
@@ -59,16 +58,7 @@ def bind(options: ServerOptions) -> socket.socket:
     missing = [name for name in ("starlette", "uvicorn", "python_multipart") if find_spec(name) is None]
     if missing:
         raise MmftError(f'the server needs {", ".join(missing)}; run: pip install "mmft[serve]"')
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number and number > 0 else str(error)
-        where = f"{options.host}:{options.port}"
-        raise MmftError(f"cannot serve on {where}: {reason}; give another --port or --host") from error
+    bound = take_address(options.host, options.port)
     if options.host not in LOCAL and not options.api_key:
         log.warning("%s: everybody who reaches this machine can ask; --api-key (MMFT_API_KEY) sets a key", options.host)
     return bound
@@ -93,7 +83,10 @@ def serve(assistant: Assistant, name: str, defaults: Generation, options: Server
                 super().handle_exit(sig, frame)
 
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has ended
-        bound.listen()
+        try:
+            bound.listen()
+        except OSError as error:  # somebody listens there by now, as Linux lets those who reuse addresses
+            raise MmftError(unusable(options.host, options.port, error)) from error
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving {name} at http://{host}:{bound.getsockname()[1]}/v1 (Ctrl-C ends)", flush=True)  # noqa: T201
         Server(config).run(sockets=[bound])

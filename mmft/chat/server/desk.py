@@ -63,7 +63,7 @@ class Job:
     def leave(self) -> None:
         """Nobody waits for this answer any more."""
         self.gone.set()
-        self._events.put_nowait(Refused("the client left", status=499))
+        self._events.put_nowait(_left())
 
 
 class Desk:
@@ -79,6 +79,7 @@ class Desk:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._closing = Event()
         self._current: Job | None = None
+        self._run: Conversation | None = None  # whose prompt `memory` holds
         self._thread = Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
 
@@ -122,6 +123,7 @@ class Desk:
         while (job := self._jobs.get()) is not None:
             if job.gone.is_set():
                 self.cancelled += 1
+                job.tell(_left())
                 self._pictures.release(job.ask.held)
                 continue
             self._current = job
@@ -142,9 +144,11 @@ class Desk:
     def _answer(self, job: Job) -> None:
         conversation, calls = job.ask.conversation, tuple[ToolCall, ...]()
         for _ in range(MAX_ROUNDS):
+            own = self._run is not None and _goes_on(conversation, self._run)
             said = self._round(job, conversation)
             if said is None:
                 self.cancelled += 1
+                job.tell(_left())
                 return
             calls = tuple(call for call in said.tool_calls if call.name)
             if calls or not said.tool_calls:
@@ -154,7 +158,7 @@ class Desk:
             conversation = replace(conversation, messages=(*conversation.messages, said, *told))
         assert self.memory.usage is not None
         self.answered += 1
-        job.tell(End(self.memory.usage, calls))
+        job.tell(End(self.memory.usage if own else replace(self.memory.usage, reused_tokens=0), calls))
 
     def _round(self, job: Job, conversation: Conversation) -> Message | None:
         """What the model writes, told piece by piece but for its calls; None where nobody waits for it any more."""
@@ -162,6 +166,7 @@ class Desk:
             raise self._ending()
         reader = CallReader(self._assistant.template) if conversation.tools else None
         generation = self._fitted(conversation, job.ask.generation)
+        self._run = conversation
         stream = self._assistant.stream(
             conversation, generation, self.memory, marks=reader is not None, cancel=job.gone
         )
@@ -198,3 +203,18 @@ class Desk:
 
     def _ending(self) -> Refused:
         return Refused("the server is ending", status=503, code="server_ending")
+
+
+def _left() -> Refused:
+    return Refused("the client left", status=499)
+
+
+def _goes_on(conversation: Conversation, earlier: Conversation) -> bool:
+    """Whether whoever asks this has sent all of an earlier request, so that its tokens are told to nobody else.
+
+    One memory serves everybody. How many tokens of the prompt before were used again would otherwise let a client
+    guess, token by token, what another has asked.
+    """
+    length = len(earlier.messages)
+    begins = conversation.messages[:length] == earlier.messages and len(conversation.messages) > length
+    return begins and conversation.tools == earlier.tools

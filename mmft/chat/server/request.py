@@ -28,6 +28,7 @@ ROLES: Mapping[str, Role] = {
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
+MAX_STOPS, MAX_STOP = 16, 1000  # strings, and characters of each; all are looked for at every token
 # What is not supported, with the values that ask for nothing else than what is done anyway; null always does.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,), "response_format": ({"type": "text"},), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
@@ -139,11 +140,13 @@ class Reader:
         if role is None:
             raise Refused(f"{where}: role is {name!r}; allowed are {', '.join(ROLES)}", param=where)
         parts = [self._part(part, f"{where}.content[{n}]", ask) for n, part in enumerate(_parts(given, where))]
-        calls = given.get("tool_calls") if role == "assistant" else None
+        calls = (given.get("tool_calls") or []) if role == "assistant" else []
+        if not isinstance(calls, list):
+            raise Refused(f"{where}.tool_calls: a list is needed", param=f"{where}.tool_calls")
         if role != "user":
             if any(isinstance(part, Image) for part in parts):
                 raise Refused(f"{where}: pictures belong to the user's messages", param=where)
-            read = tuple(_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls or ()))
+            read = tuple(_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls))
             call_id = given.get("tool_call_id") if role == "tool" else None
             return Message(role, tuple(parts), read, call_id=call_id if isinstance(call_id, str) else None)
         texts = [part.text for part in parts if isinstance(part, Text)]
@@ -214,6 +217,8 @@ def _generation(fields: Fields, defaults: Generation) -> Generation:
         given["max_new_tokens"] = limits.pop()
     if fields.stop is not None:
         given["stop"] = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
+        if len(given["stop"]) > MAX_STOPS or any(len(text) > MAX_STOP for text in given["stop"]):
+            raise Refused(f"stop: at most {MAX_STOPS} strings of {MAX_STOP:,} characters are allowed", param="stop")
     try:
         return replace(defaults, **given)
     except MmftError as error:
@@ -243,7 +248,7 @@ def _call(given: Any, where: str) -> ToolCall:
     function = given.get("function") if isinstance(given, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     try:
-        arguments = json.loads(function.get("arguments") or "{}") if isinstance(function, dict) else None
+        arguments = from_json(function.get("arguments") or "{}") if isinstance(function, dict) else None
     except (TypeError, ValueError):
         arguments = None
     if not isinstance(name, str) or not isinstance(arguments, dict):

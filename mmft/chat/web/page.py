@@ -60,6 +60,21 @@ def words() -> Any:
     return gr.I18n(**tables())
 
 
+class Edit(gr.EventData):  # type: ignore[misc]
+    """An edited message: its place among those shown and its new text; -1 and None where a client sends other things.
+
+    `gr.EditData` takes them for granted.
+    """
+
+    def __init__(self, target: Any, data: Any) -> None:
+        super().__init__(target, data)
+        given = data if isinstance(data, dict) else {}
+        index, text = given.get("index"), given.get("value")
+        place = index[0] if isinstance(index, list | tuple) and index else index
+        self.place = place if isinstance(place, int) else -1
+        self.text = text if isinstance(text, str) else None
+
+
 class Page:
     """Its parts, made inside a `gr.Blocks`, and the functions behind them."""
 
@@ -162,19 +177,23 @@ class Page:
         given = {"text": given} if isinstance(given, str) else given or {}
         text, files = given.get("text") or "", given.get("files") or ()
         if not text.strip() and not files:
-            raise gr.Error("", visible=False, print_exception=False)  # so that nothing follows
+            raise nothing()
         return self.begin(Turn(text, tuple(map(str, files))), turns, busy, request)
 
     def again(self, turns: tuple[Turn, ...], busy: Asked | None, request: gr.Request) -> Any:
         """The last question once more."""
+        if not turns:
+            raise nothing()
         return self.begin(turns[-1], turns[:-1], busy, request)
 
     def editor(self, column: int) -> Callable[..., Any]:
         """A function for the event of an edited question: the turns after it are gone."""
 
-        def edit(event: gr.EditData, turns: tuple[Turn, ...], busy: Asked | None, request: gr.Request) -> Any:
-            number = turn_at(turns, event.index if isinstance(event.index, int) else event.index[0], column)
-            turn = turns[number].unanswered(len(self.seats), text=edited(str(event.value)))
+        def edit(event: Edit, turns: tuple[Turn, ...], busy: Asked | None, request: gr.Request) -> Any:
+            number = turn_at(turns, event.place, column)
+            if number is None or event.text is None:
+                raise nothing()
+            turn = turns[number].unanswered(len(self.seats), text=edited(event.text))
             return self.begin(turn, turns[:number], busy, request)
 
         return edit
@@ -190,9 +209,11 @@ class Page:
         return before, Asked(turn, len(before)), *chats, closed, gr.Button(interactive=False), gr.Row(visible=False)
 
     def reply(
-        self, asked: Asked, turns: tuple[Turn, ...], request: gr.Request, *settings: Any
+        self, asked: Asked | None, turns: tuple[Turn, ...], request: gr.Request, *settings: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Every state of the answers while they grow, each a whole conversation, so that stopping keeps the last."""
+        if asked is None:
+            raise nothing()
         language = self.language(request)
         try:
             style = self.style(settings, language)
@@ -262,6 +283,11 @@ class Page:
     def all_shown(self, turns: Sequence[Turn], language: str) -> list[Any]:
         """Every chat area."""
         return [shown(turns, column, language) for column in range(len(self.seats))]
+
+
+def nothing() -> gr.Error:
+    """To raise where there is nothing to do, so that nothing follows and nothing is shown."""
+    return gr.Error("", visible=False, print_exception=False)
 
 
 def title(seats: Sequence[Seat]) -> str:

@@ -10,16 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmft.chat.address import LOCAL, take_address
 from mmft.chat.loading import ModelChoice, load_choice
 from mmft.chat.tools import toolbox
 from mmft.chat.web.look import CSS
 from mmft.chat.web.options import PageOptions, ServeOptions, logins, short_names
 from mmft.chat.web.turns import Seat
+from mmft.chat.web.uploads import PICTURES, UploadBound
 from mmft.errors import MmftError
 from mmft.plugins import Plugins
 
 log = logging.getLogger("mmft")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def load_seats(choice: ModelChoice, compare: str | None, tools: Sequence[str], plugins: Plugins) -> list[Seat]:
@@ -36,52 +37,69 @@ def load_seats(choice: ModelChoice, compare: str | None, tools: Sequence[str], p
     return [Seat(*parts) for parts in zip(names, assistants, boxes, strict=True)]
 
 
-def serve(seats: Sequence[Seat], page: PageOptions, options: ServeOptions) -> None:
+def bind(options: ServeOptions) -> socket.socket:
+    """The address of the page, and `MmftError` for what would go wrong, before a model is loaded."""
+    if find_spec("gradio") is None:
+        raise MmftError('the page needs gradio; run: pip install "mmft[web]"')
+    logins(options.auth)
+    return take_address(options.host, options.port)
+
+
+def serve(seats: Sequence[Seat], page: PageOptions, options: ServeOptions, bound: socket.socket) -> None:
     """Serve the page until Ctrl-C. Uploads live in a folder of this server and are deleted with it.
 
-    Raises `MmftError` where the address cannot be used or gradio is not installed.
+    Raises `MmftError` where the page cannot be opened at the address of `bind`, which is given up.
     """
     if options.host not in LOCAL and not options.auth:
         log.warning("%s: everybody who reaches this machine can use the page; --auth asks for a password", options.host)
-    with tempfile.TemporaryDirectory(prefix="mmft-web-") as uploads:
+    with tempfile.TemporaryDirectory(prefix="mmft-web-") as uploads, bound:
         _prepare_process(uploads, options.host)
         from mmft.chat.web.page import build_page
 
-        try:
-            blocks = build_page(seats, page)
-            _, local, public = launch(blocks, options, page.examples)
-        except (OSError, ValueError) as error:
-            raise MmftError(f"cannot serve on {options.host}:{options.port}: {error}") from error
+        blocks = build_page(seats, page)
+        local, public = launch(blocks, options, bound, page.examples)
         if options.share and not public:
             log.warning("no public address: gradio could not reach its relay; the page is open on this machine only")
         print(f"open {public or local} (Ctrl-C ends)", flush=True)  # noqa: T201
         blocks.block_thread()
 
 
-def launch(page: Any, options: ServeOptions, files: Sequence[Path] = ()) -> tuple[Any, str, str]:
-    """Start gradio's server beside this thread: the application, its address here, and its public one.
+def launch(
+    page: Any, options: ServeOptions, bound: socket.socket, files: Sequence[Path] = ()
+) -> tuple[str, str | None]:
+    """Start gradio's server beside this thread: the page's address here, and its public one.
 
-    Of all files outside its own folder it serves `files` only.
+    Gradio 6.31 takes no socket, so `bound` is closed and its port bound anew. Of all files outside its own folder it
+    serves `files` only. Raises `MmftError` where it does not start.
     """
     import gradio as gr
 
     from mmft.chat.web.page import words
 
-    return page.launch(  # type: ignore[no-any-return]
-        server_name=options.host, server_port=options.port, share=options.share, quiet=True, prevent_thread_lock=True,
-        auth=logins(options.auth) or None, max_file_size=options.max_upload * 1_000_000, run_history=False,
-        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[], css=CSS,
-        i18n=words(), show_error=True, allowed_paths=[str(file.absolute()) for file in files],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"]),
-    )  # fmt: skip
+    port, host = bound.getsockname()[1], f"[{options.host}]" if ":" in options.host else options.host
+    bound.close()
+    try:
+        _, local, public = page.launch(
+            server_name=host, server_port=port, share=options.share, quiet=True, prevent_thread_lock=True,
+            auth=logins(options.auth) or None, max_file_size=options.max_upload * 1_000_000, run_history=False,
+            ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[], css=CSS,
+            i18n=words(), show_error=True, allowed_paths=[str(file.absolute()) for file in files],
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"]), app_kwargs={"middleware": [_bound(options)]},
+        )  # fmt: skip
+    except Exception as error:  # of many kinds: OSError, ValueError, those of httpx, and plain ones
+        page.close()
+        take_address(options.host, port).close()  # gradio's own message speaks of a range of ports, whatever the cause
+        raise MmftError(f"cannot serve on {host}:{port}: {' '.join(str(error).split())}") from error
+    return local, public
 
 
-def check(options: ServeOptions) -> None:
-    """Raise `MmftError` for what would go wrong, before a model is loaded."""
-    if find_spec("gradio") is None:
-        raise MmftError('the page needs gradio; run: pip install "mmft[web]"')
-    logins(options.auth)
-    _check_address(options.host, options.port)
+def _bound(options: ServeOptions) -> Any:
+    """The total of all uploads, in gradio's folder for them."""
+    from gradio.utils import get_upload_folder
+    from starlette.middleware import Middleware
+
+    limit = PICTURES * options.max_upload * 1_000_000
+    return Middleware(UploadBound, folder=Path(get_upload_folder()), limit=limit)
 
 
 def _prepare_process(uploads: str, host: str) -> None:
@@ -90,14 +108,3 @@ def _prepare_process(uploads: str, host: str) -> None:
     local = ",".join(filter(None, (os.environ.get("no_proxy"), "localhost", "127.0.0.1", host)))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = local  # gradio calls its own server once, through a proxy if set
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _check_address(host: str, port: int) -> None:
-    """Gradio's own message speaks of a range of ports, whatever the cause."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number and number > 0 else str(error)
-        raise MmftError(f"cannot serve on {host}:{port}: {reason}; give another --port or --host") from error

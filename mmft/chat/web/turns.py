@@ -167,9 +167,9 @@ def shown(turns: Sequence[Turn], column: int = 0, language: str = "en") -> list[
     return messages
 
 
-def turn_at(turns: Sequence[Turn], place: int, column: int = 0) -> int:
-    """The number of the turn that the message at a place among those of `shown` belongs to."""
-    return next(n for n in range(len(turns)) if place < len(shown(turns[: n + 1], column)))
+def turn_at(turns: Sequence[Turn], place: int, column: int = 0) -> int | None:
+    """The number of the turn that the message at a place among those of `shown` belongs to, or None."""
+    return next((n for n in range(len(turns)) if 0 <= place < len(shown(turns[: n + 1], column))), None)
 
 
 def edited(text: str) -> str:

@@ -2,100 +2,116 @@
 
 The folder holds the language model, the picture side (mmproj) where it sees, and Ollama's Modelfile. llama.cpp itself
 is asked the probes of the parity gate; where it is not installed the result says that it is not verified.
+
+For all types but f32 and f16 the same parts are written twice: first in 16 bits (bf16: 32), which proves that they are
+the model (`judge`), then as asked for. The first pair lies beside OUT while it is asked, two bytes a weight (four), and
+is gone before the second is written; so the disk needs room for the larger of the two, and the old OUT until then.
 """
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import torch
 
 from mmft.convert.chat_jinja import jinja_of
 from mmft.convert.gguf.chat import jinja_for_llama_cpp, modelfile
-from mmft.convert.gguf.file import QUANTS, ROUNDED, find_quant, write_file
-from mmft.convert.gguf.run import INSTALL, LlamaCppResult, is_there
+from mmft.convert.gguf.file import QUANTS, RangeError, find_quant, write_file
+from mmft.convert.gguf.judge import (
+    GgufReport,
+    Wish,
+    asked_source,
+    failed_proof,
+    find_pair,
+    has_cls,
+    judge_pair,
+    other_weights,
+    with_proof,
+)
+from mmft.convert.gguf.run import INSTALL, is_there
 from mmft.convert.gguf.text import find_family, text_file, text_pieces
 from mmft.convert.gguf.vision import CLS, NO_SQUARES, check_encoder, check_pictures, check_projector, vision_file
 from mmft.convert.gguf.vocab import add_vocabulary, read_vocabulary
-from mmft.convert.parity import (
-    MAX_NEW_TOKENS,
-    PARITY,
-    PROBES,
-    TOLERANCE,
-    Answer,
-    ParityError,
-    Report,
-    ask_source,
-    compare,
-    free,
-    probes,
-    proved,
-    settle,
-    unverified,
-    write_report,
-)
+from mmft.convert.parity import PARITY, ParityError, Report, free, proved, read_report, settle, unverified, write_report
 from mmft.convert.parts import Parts, load_parts
-from mmft.convert.results import OurResult, load_trained
 from mmft.data.records import is_unbound
 from mmft.data.shape import describe_model
-from mmft.errors import CheckpointError, ModelError
-from mmft.inference import PRECISIONS
+from mmft.errors import ModelError
 from mmft.modeling.checkpoint import read_manifest
 from mmft.plugins import Plugins
-from mmft.types import Conversation
 
-
-@dataclass(frozen=True)
-class GgufReport(Report):
-    """As `Report`; `dtype` is the type of the weights, `reference` that of the model it is compared with.
-
-    `pictures` are the picture probes again, opened and resized by llama.cpp itself. They are told, not judged: two
-    programs round a resized picture otherwise. The note says what differs beyond that.
-    """
-
-    reference: str = "fp32"
-    pictures: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asked for."""
-
-    quant: str = "f16"
-    square_only: bool = False
-    reference: str = "fp32"
-    llm: str | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def tolerance(self) -> float:
-        """What the weights' rounding may cost, and that of the reference where it is not float32."""
-        own = TOLERANCE[PRECISIONS[self.reference]] if self.reference != "fp32" else 0.0
-        return QUANTS[self.quant].tolerance + own
+PROOF = "proof"  # the folder of the pair that is never published
 
 
 def export(folder: Path, out: Path, plugins: Plugins, wish: Wish, *, overwrite: bool = False) -> Report:
     """Write the model folder `folder` as GGUF files into `out`, and ask llama.cpp what the model was asked.
 
-    Raises `ModelError` for parts that llama.cpp has no graph or tokenizer for, `ParityError` where it answers
-    otherwise; then `out` is not written.
+    Raises `ModelError` for parts that llama.cpp has no graph or tokenizer for, `CheckpointError` where `out` cannot be
+    written, `ParityError` where llama.cpp answers otherwise; then `out` is not written.
     """
     find_quant(wish.quant)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("writing GGUF needs the package gguf; pip install 'mmft[gguf]'")
     differs = check_before(folder, plugins, wish)
-    with proved(out, overwrite=overwrite) as temporary:
-        write_pair(folder, temporary, plugins, wish, differs)
-        free()
+    with proved(out, overwrite=overwrite, sources=(folder, wish.llm)) as temporary:
         if not is_there():
+            write_pair(folder, temporary, plugins, wish, differs)
+            mmproj = find_pair(temporary)[1]
+            if mmproj is not None and has_cls(mmproj):
+                raise ModelError(f"{folder}: {CLS}; whether yours mends it is seen after: {INSTALL}")
             square = " --square-only" if wish.square_only else ""
             again = f"{INSTALL} && mmft convert gguf {folder} {{out}} --quant {wish.quant}{square} --overwrite"
             return unverified(temporary, out, "llama-cpp-python is not installed, so nothing was compared", again)
-        report = judge(folder, temporary, plugins, wish, differs)
+        report = _write_and_judge(folder, temporary, plugins, wish, differs)
         settle(report, temporary, out)
         return report
+
+
+def _write_and_judge(
+    folder: Path, place: Path, plugins: Plugins, wish: Wish, differs: Sequence[str], *, original: Path | None = None
+) -> GgufReport:
+    """Write the files into the empty folder `place` and judge them; where the type proves nothing, its proof first.
+
+    After a failed proof `place` holds that alone, in the folder `PROOF`. With `original`, an earlier result, the files
+    in `place` are what it must hold, and it is judged in their stead.
+    """
+    proof = None
+    first = wish.proof
+    if first is None:
+        write_pair(folder, place, plugins, wish, differs)
+    else:
+        first = _write_proof(folder, place / PROOF, plugins, first, differs)
+    free()
+    with asked_source(folder, plugins, wish) as asked:
+        if first is not None:
+            proof = judge_pair(asked, place / PROOF, first, differs)
+            if not proof.verified:
+                return failed_proof(proof, wish)
+            shutil.rmtree(place / PROOF)
+            write_pair(folder, place, plugins, wish, differs)
+            free()
+        report = judge_pair(asked, original or place, wish, differs)
+    if proof is None:
+        return report
+    report = with_proof(report, proof)
+    told = other_weights(original, place) if original and report.verified else ""
+    return replace(report, verified=False, refusal=told) if told else report
+
+
+def _write_proof(folder: Path, place: Path, plugins: Plugins, wish: Wish, notes: Sequence[str]) -> Wish:
+    """The pair that proves the structure, in 32 bits where weights are beyond the range of 16. Returns what it is."""
+    place.mkdir()
+    try:
+        write_pair(folder, place, plugins, wish, notes)
+    except RangeError:
+        shutil.rmtree(place)
+        place.mkdir()
+        wish = replace(wish, quant="f32")
+        write_pair(folder, place, plugins, wish, notes)
+    return wish
 
 
 def check_before(folder: Path, plugins: Plugins, wish: Wish) -> tuple[str, ...]:
@@ -154,92 +170,11 @@ def _write_vision(parts: Parts, place: Path, name: str, wish: Wish) -> str:
     return file
 
 
-def judge(folder: Path, place: Path, plugins: Plugins, wish: Wish, differs: Sequence[str]) -> GgufReport:
-    """Ask the files in `place` what the model in `folder` was asked."""
-    with probes(pictures=read_manifest(folder).model.vision is not None) as asked:
-        source = load_trained(folder, plugins, device=wish.device, precision=wish.reference, llm=wish.llm)
-        if wish.square_only:
-            _make_square(asked)
-        answers = ask_source(OurResult(source), asked)
-        tokenizer, info = source.shape.tokenizer, source.shape.vision
-        del source
-        free()
-        model, mmproj = find_pair(place)
-        given = [answer for answer in answers if isinstance(answer, Answer)]
-        longest = max(len(answer.prompt) for answer in given) + MAX_NEW_TOKENS
-        transform: Any = info.transform if info else None
-        with LlamaCppResult(model, mmproj, tokenizer, transform, longest=longest) as result:
-            report = compare(answers, result, tokenizer, dtype=torch.float32, tolerance=wish.tolerance)
-            result.own_pictures = True
-            pictures = tuple(_own_picture(answer, result) for answer in given if answer.pixels is not None)
-    refusal = _refusal(report, mmproj, wish)
-    known = {one.name: getattr(report, one.name) for one in fields(Report)}
-    known |= {"verified": not refusal, "refusal": refusal, "note": _note(differs, pictures), "dtype": wish.quant}
-    return GgufReport(**known, reference=wish.reference, pictures=pictures)
-
-
-def _refusal(report: Report, mmproj: Path | None, wish: Wish) -> str:
-    """Why the pair fails, with what is known to be llama.cpp's own mistake; empty where it does not.
-
-    Another choice of a word is no failure where weights have 8 bits or fewer: that is what rounding them does.
-    """
-    within = all(one.same_prompt and one.relative <= wish.tolerance for one in report.outcomes)
-    if report.verified or (within and wish.quant not in ROUNDED):
-        return ""
-    names = [name for name, count, _ in PROBES if count]
-    pictured = any(report.refusal.startswith(f"{name}:") for name in names)
-    return f"{report.refusal}; {CLS}" if pictured and mmproj is not None and has_cls(mmproj) else report.refusal
-
-
-def _note(differs: Sequence[str], pictures: Sequence[dict[str, Any]]) -> str:
-    """What a person must know about pictures; nothing for a text model."""
-    if not pictures:
-        return ""
-    same, most = sum(one["same_answer"] for one in pictures), max(one["relative"] for one in pictures)
-    own = f"pictures resized by llama.cpp: {same} of {len(pictures)} same answers, logits differ by up to {most:.2g}"
-    return "; ".join([own, *differs])
-
-
-def has_cls(mmproj: Path) -> bool:
-    """Whether the encoder has a CLS token."""
-    from gguf import GGUFReader
-
-    return any(tensor.name == "v.class_embd" for tensor in GGUFReader(mmproj).tensors)
-
-
-def _make_square(asked: Sequence[tuple[str, Conversation]]) -> None:
-    """Cut the probes' pictures to squares."""
-    from PIL import Image
-
-    for path in {image.source for _, conversation in asked for image in conversation.images}:
-        picture = Image.open(path)
-        side = min(picture.size)
-        picture.crop((0, 0, side, side)).save(path)
-
-
-def _own_picture(answer: Answer, result: LlamaCppResult) -> dict[str, Any]:
-    """A picture probe with the file as llama.cpp's users give it."""
-    theirs = result.logits(answer.conversation, answer.tokens)
-    width = min(theirs.shape[1], answer.logits.shape[1])
-    ours, theirs = answer.logits[:, :width], theirs[:, :width]
-    size = float((ours - ours.mean(1, keepdim=True)).square().mean().sqrt())
-    relative = float((theirs - ours).square().mean().sqrt()) / max(size, 1e-12)
-    same = result.greedy(answer.conversation, MAX_NEW_TOKENS) == answer.tokens
-    return {"probe": answer.name, "relative": relative, "same_answer": same}
-
-
-def find_pair(place: Path) -> tuple[Path, Path | None]:
-    """The files of a folder. Raises `CheckpointError` where it holds no such pair."""
-    models, pictures = sorted(place.glob("model-*.gguf")), sorted(place.glob("mmproj-*.gguf"))
-    if len(models) != 1 or len(pictures) > 1:
-        raise CheckpointError(
-            f"{place}: holds {len(models)} model-*.gguf files; one is expected, from `mmft convert gguf`"
-        )
-    return models[0], pictures[0] if pictures else None
-
-
 def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, llm: str | None = None) -> Report:
     """Compare what an earlier export left in `out` with the model it came from, and write `parity.json` anew.
+
+    Quantised files are compared with those that the model gives now as well, tensor by tensor: these are written beside
+    `out`, as by `export`, and thrown away.
 
     Raises `ModelError` where llama.cpp is not installed, `ParityError` where it answers otherwise.
     """
@@ -250,8 +185,16 @@ def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, l
     find_quant(quant)
     differs = check_before(folder, plugins, Wish(quant, square_only=True))
     wish = Wish(quant, square_only=NO_SQUARES in " ".join(differs), llm=llm, device=device)
-    report = judge(folder, out, plugins, wish, differs)
-    write_report(report, out)
+    if wish.proof is None:
+        with asked_source(folder, plugins, wish) as asked:
+            report = judge_pair(asked, out, wish, differs)
+    else:
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
+            report = _write_and_judge(folder, Path(place), plugins, wish, differs, original=out)
+    if wish.proof is not None and not read_report(out).get("proof"):
+        (out / PARITY).unlink(missing_ok=True)  # of a version whose gate let everything through at few bits
+    written = write_report(report, out, folder)
     if not report.verified:
-        raise ParityError(f"{out} does not give what {folder} gives: {report.refusal}; see {out / PARITY}")
+        where = f"see {out / PARITY}" if written else f"{out / PARITY}, of another comparison, was left as it is"
+        raise ParityError(f"{out} does not give what {folder} gives: {report.refusal}; {where}")
     return report

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmft.errors import ModelError
+from mmft.errors import CheckpointError, ModelError
 
 F16_MAX = 65504.0
 
@@ -22,8 +22,12 @@ class Quant:
     `tolerance` is what the logits may differ by, as a part of their size (`parity.TOLERANCE`). Measured on tiny random
     models of six families with rows of 32 and 64, and on SmolLM2-135M: f32 and f16 4e-3 and 8e-3 (llama.cpp keeps keys
     and values in 16 bits whatever the weights are), bf16 2e-2, q8_0 6e-2 and 0.13 (llama.cpp rounds what goes into such
-    a matrix to 8 bits too), q5 0.36, q4 0.6. A lost adapter gives 0.1 and more, so from 8 bits down the gate sees gross
-    mistakes only, and the numbers in `parity.json` are for the reader.
+    a matrix to 8 bits too), q5 0.36, q4 0.6.
+
+    Two questions are asked with these numbers. Is it the same model: vocabulary, chat template, adapters, picture side?
+    That f32 and f16 alone can tell, at 0.02: a lost adapter gives 0.1 and more, CLS tokens out of place 0.32. Every
+    other type is written after the same parts passed there (`PROVES`). And how much did the rounding cost? The wider
+    tolerances refuse a loss that is beyond rounding, and nothing finer; `parity.json` has the numbers for the reader.
     """
 
     ggml: str
@@ -42,6 +46,12 @@ QUANTS = {
     "q4_0": Quant("Q4_0", "MOSTLY_Q4_0", 0.8),
 }
 ROUNDED = ("f32", "f16", "bf16")  # no blocks: every tensor fits
+# The type in which a model's structure is proved before its weights are rounded further. bf16 has the range of f32.
+PROVES = {name: "f32" if name == "bf16" else "f16" for name in QUANTS if name not in ("f32", "f16")}
+
+
+class RangeError(ModelError):
+    """Weights are beyond the range of 16-bit floats."""
 
 
 def find_quant(name: str) -> Quant:
@@ -95,24 +105,36 @@ def ggml_type(piece: Piece, quant: str, *, head: str) -> Any:
 def write_file(path: Path, writer: Any, pieces: Sequence[Piece], quant: str, *, head: str = "output.weight") -> None:
     """Close a `gguf.GGUFWriter` that has its keys: names and shapes first, then one tensor after another.
 
-    `head` is the tensor that gives the logits.
+    `head` is the tensor that gives the logits. Raises `RangeError` for values that 16-bit floats do not hold,
+    `CheckpointError` where the disk takes no more.
     """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quant_shape_to_byte_shape, quants
+    from gguf import GGMLQuantizationType, quants
 
     types = [ggml_type(piece, quant, head=head) for piece in pieces]
     for piece, kind in zip(pieces, types, strict=True):
-        block, size = GGML_QUANT_SIZES[kind]
-        in_bytes = kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-        shape = quant_shape_to_byte_shape(piece.shape, kind) if in_bytes else piece.shape
-        dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind, np.uint8)
-        nbytes = int(np.prod(piece.shape, dtype=np.int64)) // block * size
-        writer.add_tensor_info(piece.name, shape, np.dtype(dtype), nbytes, raw_dtype=kind)
-    writer.write_header_to_file(path=path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for piece, kind in zip(pieces, types, strict=True):
-        values = piece.values()
-        if kind == GGMLQuantizationType.F16 and float(np.abs(values).max(initial=0)) > F16_MAX:
-            raise ModelError(f"{piece.name} has values beyond the range of 16-bit floats; choose --quant bf16")
-        writer.write_tensor_data(quants.quantize(values, kind))
-    writer.close()
+        _announce(writer, piece, kind)
+    try:
+        writer.write_header_to_file(path=path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece, kind in zip(pieces, types, strict=True):
+            values = piece.values()
+            if kind == GGMLQuantizationType.F16 and float(np.abs(values).max(initial=0)) > F16_MAX:
+                raise RangeError(f"{piece.name} has values beyond the range of 16-bit floats; choose --quant bf16")
+            writer.write_tensor_data(quants.quantize(values, kind))
+        writer.close()
+    except OSError as error:  # numpy's, of a full disk, has no number and no file
+        said = error.strerror or str(error)
+        raise CheckpointError(f"{path} cannot be written: {said}; make room, or choose another OUT") from error
+
+
+def _announce(writer: Any, piece: Piece, kind: Any) -> None:
+    """Name, shape and size of a tensor that is written later."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quant_shape_to_byte_shape
+
+    block, size = GGML_QUANT_SIZES[kind]
+    in_bytes = kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+    shape = quant_shape_to_byte_shape(piece.shape, kind) if in_bytes else piece.shape
+    dtype = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind, np.uint8)
+    nbytes = int(np.prod(piece.shape, dtype=np.int64)) // block * size
+    writer.add_tensor_info(piece.name, shape, np.dtype(dtype), nbytes, raw_dtype=kind)

@@ -55,7 +55,7 @@ def export(
     *,
     dtype: str | None = None,
     device: torch.device,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "2GB",
     llm: str | None = None,
     overwrite: bool = False,
 ) -> Report:
@@ -68,7 +68,7 @@ def export(
     sees = manifest.model.vision is not None
     if sees:
         check_projector(manifest.model, plugins, folder)
-    with proved(out, overwrite=overwrite) as temporary, probes(pictures=sees) as asked:
+    with proved(out, overwrite=overwrite, sources=(folder, llm)) as temporary, probes(pictures=sees) as asked:
         source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
         answers = ask_source(OurResult(source), asked)
         del source

@@ -117,8 +117,9 @@ def read_deepspeed(folder: Path) -> State:
     `CheckpointError` where a shard is missing or does not hold what the checkpoint says.
     """
     where = _tagged(folder)
-    head = _unpickled(min(where.glob(MODEL_FILES), key=_rank))
-    shards = [_unpickled(path)["optimizer_state_dict"] for path in sorted(where.glob(OPTIMIZER_FILES), key=_rank)]
+    head = _table(min(where.glob(MODEL_FILES), key=_rank), "module")
+    tables = (_table(path, "optimizer_state_dict") for path in sorted(where.glob(OPTIMIZER_FILES), key=_rank))
+    shards = [table["optimizer_state_dict"] for table in tables]
     module = {key: tensor for key, tensor in head["module"].items() if isinstance(tensor, Tensor)}
     if not shards:
         if any(tensor.numel() == 0 for tensor in module.values()):
@@ -132,6 +133,8 @@ def read_deepspeed(folder: Path) -> State:
         raise CheckpointError(f"{folder}: written by {wanted} processes, found the shards of {len(shards)}; give all")
     if any(shard.keys() != shards[0].keys() for shard in shards):
         raise CheckpointError(f"{folder}: its shards do not belong together: they are of different ZeRO stages")
+    if not isinstance(head.get("param_shapes"), list):
+        raise CheckpointError(f"{folder}: its model states hold no param_shapes, by which the shards are put together")
     if "fp32_flat_groups" in shards[0]:
         masters = dict(_stage3(head["param_shapes"], [shard["fp32_flat_groups"] for shard in shards], folder))
     else:
@@ -142,6 +145,14 @@ def read_deepspeed(folder: Path) -> State:
     masters |= {name: masters[other] for name, other in dict(shared).items() if other in masters}
     rest = {key: tensor for key, tensor in module.items() if key not in masters and tensor.numel()}
     return rest | masters
+
+
+def _table(path: Path, key: str) -> dict[str, Any]:
+    """What a file of a DeepSpeed checkpoint holds, with a table under `key`."""
+    content = _unpickled(path)
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        raise CheckpointError(f"{path}: is no file of a DeepSpeed checkpoint: it holds no table {key!r}")
+    return content
 
 
 def _rank(path: Path) -> int:

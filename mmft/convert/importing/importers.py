@@ -27,6 +27,8 @@ from mmft.convert.importing.weights import (
     vision_adapter,
     vision_state,
 )
+from mmft.convert.parity import proved
+from mmft.convert.place import refuse_out
 from mmft.errors import CheckpointError
 from mmft.hub import encoder_options, load_tokenizer, named_from
 from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS
@@ -38,7 +40,6 @@ from mmft.modeling.checkpoint import (
     file_hashes,
     read_manifest,
     write_manifest,
-    written_whole,
 )
 from mmft.modeling.tensors import misfits, refuse_misfits
 from mmft.plugins import Plugins
@@ -69,7 +70,7 @@ def bring(
     With `target` everything is held against its models and `out` is a model folder. Raises `CheckpointError` for a
     source that is none, holds what has no place here, or does not fit: by shape, or by the models it names.
     """
-    refuse_existing(out, overwrite=overwrite)
+    refuse_out(out, (source, *named_by(target)), overwrite=overwrite)
     found = read_foreign(source)
     if target is None and (found.vision or found.llm_weights or found.vision_weights or not found.projector):
         what = "an adapter of the vision encoder" if found.vision else "weights of the models themselves"
@@ -81,17 +82,20 @@ def bring(
             _check_names(found, model, source)
         _check_whole_folders(found, model, source)
         outline = _check(found, model, plugins, source)
-    with written_whole(out) as folder:
+    with proved(out, overwrite=overwrite, sources=(source, *named_by(target))) as folder:
         _write(folder, found, model, outline)
         if target is not None:
             _complete(folder, found, target, plugins)
     return _lines(found, out, target)
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` where something is there already."""
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another place, or give --overwrite")
+def named_by(target: Target | None) -> list[str]:
+    """The paths of the models that a target names."""
+    if target is None:
+        return []
+    vision = target.model.vision
+    encoder = vision.encoder.options.get("path") if vision else None
+    return [target.model.llm.path, *([encoder] if isinstance(encoder, str) else [])]
 
 
 def pth_to_hf(
@@ -109,7 +113,7 @@ def pth_to_hf(
     if own is None:
         return bring(checkpoint, out, target=target, plugins=plugins, ignore_names=ignore_names, overwrite=overwrite)
     checkpoint = own
-    refuse_existing(out, overwrite=overwrite)
+    refuse_out(out, (checkpoint,), overwrite=overwrite)
     manifest = read_manifest(checkpoint)
     other = differences(manifest.model.model_dump(mode="json"), target.model.model_dump(mode="json"), "model")
     if other and not ignore_names:
@@ -117,7 +121,7 @@ def pth_to_hf(
             f"{checkpoint} was trained with another config: {'; '.join(other[:3])}; give that one, or --ignore-names "
             "to go by what the checkpoint says"
         )
-    with written_whole(out) as folder:
+    with proved(out, overwrite=overwrite, sources=(checkpoint,)) as folder:
         for name in OWN_PARTS:
             if (checkpoint / name).is_dir():
                 shutil.copytree(checkpoint / name, folder / name)
@@ -158,6 +162,8 @@ def _check(found: Found, model: Model, plugins: Plugins, source: Path) -> Any:
 
     Returns the language model without weights. Raises `CheckpointError` for the first that does not fit.
     """
+    if model.vision is None and (found.vision is not None or found.vision_weights):
+        raise CheckpointError(f"{source} has weights of a vision encoder, the config no model.vision; give its own")
     outline = outline_of(model)
     encoder: Any = None
     if found.projector:

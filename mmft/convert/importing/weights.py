@@ -16,7 +16,7 @@ from mmft.hub import encoder_options, failed, load_tokenizer, model_folder
 from mmft.modeling.tensors import misfits, refuse_misfits
 from mmft.plugins import Plugins
 
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_SIZE = "2GB"
 NO_WEIGHT = "rotary_emb.inv_freq"  # a table that transformers 4.30 and before saved with the weights
 
 

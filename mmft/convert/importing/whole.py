@@ -14,14 +14,15 @@ import torch
 
 from mmft.config import LLM, Model, use
 from mmft.convert.importing.apart import VISION_FOLDER, Whole, take_apart
-from mmft.convert.importing.importers import refuse_existing, write_imported
+from mmft.convert.importing.importers import write_imported
 from mmft.convert.importing.prove import prove
 from mmft.convert.importing.read import is_model
+from mmft.convert.parity import proved
+from mmft.convert.place import refuse_out
 from mmft.errors import CheckpointError, MmftError, ModelError
 from mmft.hub import HUGGINGFACE, failed, load_tokenizer, looks_like_path, missing
 from mmft.inference import PRECISIONS, user_message
 from mmft.modeling.build import LLM_FOLDER, PROJECTOR
-from mmft.modeling.checkpoint import written_whole
 from mmft.plugins import Plugins
 from mmft.types import Conversation
 
@@ -84,14 +85,16 @@ def bring_whole(
     `CheckpointError` where the model has what mmft has not, or weights are missing or left over, `ParityError` where
     the result answers otherwise.
     """
-    refuse_existing(out, overwrite=overwrite)
+    if chat_template:
+        plugins.chat_templates.get(chat_template)  # raises for an unknown name, before a weight is read
+    sources = (source, vision_encoder)
+    refuse_out(out, sources, overwrite=overwrite)
     content = _config(source)
     read = _read_own if OWN in content else _read_hf
     whole = read(source, content, vision_encoder)
-    with written_whole(out) as folder:
+    with proved(out, overwrite=overwrite, sources=sources) as folder:
         model, dtype = take_apart(whole, folder, plugins)
         template = chat_template or _template_of(folder, plugins)
-        plugins.chat_templates.get(template)  # raises for an unknown name
         precision = next((name for name, known in PRECISIONS.items() if known is dtype), "fp32")
         if OWN not in content:
             where = device or torch.device("cpu")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmft.convert.push.places import places_in, without_places
 from mmft.errors import MmftError
 
 CARD = "README.md"
@@ -23,10 +24,10 @@ STATES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
 LOGS = (".log", ".jsonl", ".html", ".csv", ".tsv", ".parquet", ".arrow")
 LOG_FOLDERS = {"samples", "tensorboard", "runs", "wandb", "swanlab", "mlruns", "logs"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4")
-VOCABULARY = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"}  # they spell all kinds of things, of nobody
+# They spell all kinds of things, of nobody.
+VOCABULARY = {"tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt", "vocab.txt"}
+PRIVATE_KEYS = {"parity.json": {"command", "source"}}  # how to go on here, and from which folder
 HEADER = 1 << 20  # bytes of a weight file in which metadata stand
-PLACE = re.compile(r"(~|\.\.|/|[A-Za-z]:\\)[^\s]*")
-HUB_CACHE = re.compile(r".*[/\\](?:models--)?([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([\w.-]+)/?")
 SECRETS = re.compile(r"hf_[A-Za-z0-9]{30,}|ms-[0-9a-f]{8}-[0-9a-f-]{20,}|sk-[A-Za-z0-9]{30,}")
 
 
@@ -87,36 +88,9 @@ def _reason_to_leave(name: PurePosixPath, path: Path) -> str:
     return "" if suffix in MODEL_FILES or name.name.startswith(NAMED_FILES) else "no part of a model"
 
 
-def without_places(value: Any, names: Mapping[str, str] | None = None) -> Any:
-    """JSON without the places of this machine: a hub's cache becomes the hub's name, any other place its last part.
-
-    `names` says what single strings become, such as the path of a base model its name on the hub.
-    """
-    if isinstance(value, dict):
-        return {without_places(key, names): without_places(item, names) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_places(item, names) for item in value]
-    if not isinstance(value, str):
-        return value
-    if names and value in names:
-        return names[value]
-    if cached := HUB_CACHE.fullmatch(value):
-        return f"{cached[1]}/{cached[2]}"
-    return _last_part(value) if PLACE.fullmatch(value) and len(re.findall(r"[/\\]", value)) > 1 else value
-
-
-def _last_part(place: str) -> str:
-    return re.split(r"[/\\]", place.rstrip("/\\"))[-1]
-
-
-def plain_text(text: str) -> str:
-    """A sentence in which each absolute path is its last part."""
-    return re.sub(r"(?<![\w.:/])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}", lambda found: _last_part(found[0]), text)
-
-
 def cleaned(uploads: list[Upload], names: Mapping[str, str]) -> list[Upload]:
     """The same files, their JSON without places; `mmft.json` names exactly what is uploaded, with its sha256."""
-    changed = [_cleaned(upload, lambda tree: without_places(tree, names)) for upload in uploads]
+    changed = [_cleaned(upload, lambda tree: without_places(tree, names)) for upload in map(_without_keys, uploads)]
     contents = {upload.name: upload for upload in changed}
 
     def manifest(tree: Any) -> Any:
@@ -126,6 +100,12 @@ def cleaned(uploads: list[Upload], names: Mapping[str, str]) -> list[Upload]:
         return tree | {"files": files | shas}
 
     return [_cleaned(upload, manifest) if upload.name == "mmft.json" else upload for upload in changed]
+
+
+def _without_keys(upload: Upload) -> Upload:
+    if not (private := PRIVATE_KEYS.get(upload.name)):
+        return upload
+    return _cleaned(upload, lambda tree: {key: item for key, item in tree.items() if key not in private})
 
 
 def _cleaned(upload: Upload, change: Callable[[Any], Any]) -> Upload:
@@ -143,7 +123,7 @@ def _cleaned(upload: Upload, change: Callable[[Any], Any]) -> Upload:
 
 
 def refuse_private(uploads: list[Upload]) -> None:
-    """Raise `PushError` where a file still has this home folder, this machine's name, or an access token in it."""
+    """Raise `PushError` where a file still has a place of this machine, its name, or an access token in it."""
     found = [f"{upload.name} has {what}" for upload in uploads for what in private_marks(upload)]
     if found:
         raise PushError(
@@ -172,8 +152,19 @@ def private_marks(upload: Upload) -> Iterator[str]:
     host = platform.node()
     if re.search(r"[\d.-]", host) and len(host) > 4 and re.search(rf"(?<![\w-]){re.escape(host)}(?![\w-])", text):
         yield f"the name of this machine ({host})"  # a plain word such as `server` would be found everywhere
+    if places := [place for place in _places(name, text) if len(home) <= 3 or home not in place]:
+        more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+        yield f"a place of this machine ({places[0]}{more})"
     if secret := SECRETS.search(text):
         yield f"what looks like an access token ({secret[0][:6]}...)"
+
+
+def _places(name: str, text: str) -> dict[str, None]:
+    """Paths in what is read by people or has been cleaned. Code and chat templates are full of slashes, and exempt."""
+    path = PurePosixPath(name)
+    if path.suffix == ".json":
+        return dict.fromkeys(places_in(json.loads(text)))
+    return dict.fromkeys(places_in(text) if path.suffix == ".md" or name.startswith("Modelfile") else ())
 
 
 def stage(uploads: list[Upload], folder: Path) -> None:

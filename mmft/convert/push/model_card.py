@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmft.config import TrainConfig
-from mmft.convert.push.files import HUB_CACHE, plain_text, without_places
-from mmft.hub import MODELSCOPE, looks_like_path
+from mmft.convert.push.bases import Base, bases_of, hub_name, lies_inside, paths, renamed, trained_model
+from mmft.convert.push.places import last_part, plain_text, without_places
+from mmft.hub import MODELSCOPE
 
-Kind = Literal["run", "merged", "hf", "gguf"]
-LIBRARIES: Mapping[Kind, str] = {"run": "mmft", "merged": "mmft", "hf": "transformers", "gguf": "gguf"}
+Kind = Literal["run", "merged", "hf", "vision", "gguf"]  # vision: an encoder alone, as transformers opens it
+LIBRARIES: Mapping[Kind, str] = {
+    "run": "mmft", "merged": "mmft", "hf": "transformers", "vision": "transformers", "gguf": "gguf"
+}  # fmt: skip
 LICENSES = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
 openrail++ afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0
@@ -29,16 +32,6 @@ llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """  # identifiers of https://huggingface.co/docs/hub/repositories-licenses
 TIMED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \w+ ")
 DATA_LINE = re.compile(r"[\d,]+ samples, [\d,]+ tokens .*|(dropped|repaired|cut|mended) [\d,]+ of [\d,]+ records: .*")
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model that this one was made from. `hub_id` is None where only a place on a disk is known."""
-
-    part: Literal["llm", "vision"]
-    name: str
-    hub_id: str | None
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,8 @@ class Facts:
     versions: str = ""
     files: tuple[str, ...] = ()
     adapters: bool = False
+    whole: bool = False  # every part lies in the folder
+    trained: bool = True  # by mmft, as far as the files know; not so for a model that was imported
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,11 @@ def gather(
 ) -> Facts:
     """The facts of a folder: its manifest (or its source's), the run's metrics and log, the comparison's numbers."""
     model = manifest.get("model") or {}
-    trained = (manifest.get("config") or {}).get("model") or model
+    trained = trained_model(manifest)
     return Facts(
         kind=kind,
         sees=_sees(folder, model, names),
-        bases=tuple(_bases(trained, wishes, folder)),
+        bases=bases_of(manifest, wishes.bases, folder),
         method=_method(trained),
         chat_template=str(manifest.get("chat_template") or "").removeprefix("auto"),
         datasets=tuple(_dataset(one, folder) for one in _datasets(manifest)),
@@ -96,6 +91,8 @@ def gather(
         versions=f"mmft {manifest['mmft']}" if manifest.get("mmft") else "",
         files=tuple(names),
         adapters=any(name.startswith(("llm_adapter/", "vision_adapter/")) for name in names),
+        whole=bool(model) and all(lies_inside(path, manifest) for path in paths(model).values()),
+        trained=bool(manifest.get("config", True)),
     )
 
 
@@ -105,27 +102,6 @@ def _sees(folder: Path, model: Mapping[str, Any], names: Sequence[str]) -> bool:
     if any("mmproj" in name for name in names):
         return True
     return "vision_config" in _json(folder / "config.json")
-
-
-def _bases(model: Mapping[str, Any], wishes: Wishes, folder: Path) -> list[Base]:
-    llm, vision = model.get("llm") or {}, (model.get("vision") or {}).get("encoder") or {}
-    found: list[Base] = []
-    parts: tuple[tuple[Literal["llm", "vision"], Mapping[str, Any]], ...] = (("llm", llm), ("vision", vision))
-    for part, said in parts:
-        path, own = said.get("path"), wishes.bases.get(part)
-        if path is None and own is None:
-            continue
-        cached = HUB_CACHE.fullmatch(str(path))
-        hub_id = own or (f"{cached[1]}/{cached[2]}" if cached else _hub_id(str(path), folder))
-        revision = said.get("revision") or (cached[3] if cached else None)
-        found.append(Base(part, hub_id or Path(str(path)).name, hub_id, revision))
-    return found
-
-
-def _hub_id(path: str, folder: Path) -> str | None:
-    """A name that can only be one on a hub: `owner/name`, and no folder here or above the model's."""
-    places = (Path(path), *(parent / path for parent in folder.absolute().parents))
-    return None if looks_like_path(path) or path.count("/") != 1 or any(p.exists() for p in places) else path
 
 
 def _method(model: Mapping[str, Any]) -> str:
@@ -155,13 +131,13 @@ def _dataset(dataset: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Name, id on the hub (or empty), format, and what of it was taken."""
     source = dataset["source"]
     path = source.get("path") or source.get("paths") or source.get("data_files") or ""
-    paths = path if isinstance(path, list) else [path]
-    on_hub = source["use"].rpartition("/")[2] in ("hf", "modelscope") and _hub_id(str(paths[0]), folder)
+    places = path if isinstance(path, list) else [path]
+    on_hub = source["use"].rpartition("/")[2] in ("hf", "modelscope") and hub_name(str(places[0]), folder)
     said = {key: dataset.get(key) for key in ("limit", "weight", "repeat")}
     taken = [f"{key} {value:g}" for key, value in said.items() if value not in (None, 1.0)]
     return {
-        "name": ", ".join(str(item) if on_hub else Path(str(item)).name for item in paths) or source["use"],
-        "hub_id": str(paths[0]) if on_hub else "",
+        "name": ", ".join(str(item) if on_hub else last_part(str(item)) for item in places) or source["use"],
+        "hub_id": str(places[0]) if on_hub else "",
         "format": dataset["data_map"],
         "taken": ", ".join(taken),
     }
@@ -242,16 +218,10 @@ def _config(manifest: Mapping[str, Any], wishes: Wishes) -> str:
     short = config.model_dump(mode="json", exclude_defaults=True)
     del short["runtime"]["output_dir"]
     short = {key: value for key, value in short.items() if value}
-    text: str = yaml.safe_dump(without_places(short, renamed(manifest, wishes)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(
+        without_places(short, renamed(manifest, wishes.bases)), sort_keys=False, allow_unicode=True
+    )
     return text.rstrip()
-
-
-def renamed(manifest: Mapping[str, Any], wishes: Wishes) -> dict[str, str]:
-    """Path of a base model -> the name on the hub that the person gave for it."""
-    model = (manifest.get("config") or {}).get("model") or manifest.get("model") or {}
-    llm, vision = model.get("llm") or {}, (model.get("vision") or {}).get("encoder") or {}
-    paths = {"llm": llm.get("path"), "vision": vision.get("path")}
-    return {str(paths[part]): name for part, name in wishes.bases.items() if paths[part]}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -268,9 +238,13 @@ def write_card(facts: Facts, wishes: Wishes, repo: str, hub: str, *, unverified:
 
     template = files("mmft.convert.push").joinpath(f"card.{wishes.card_language}.md.jinja").read_text("utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    llm = next((base for base in facts.bases if base.part == "llm"), None)
+    llm_inside = llm is None or llm.inside
     body = environment.from_string(template).render(
         facts=facts,
         bases={base.part: base for base in facts.bases},
+        llm_inside=llm_inside,
+        lacking=llm.name if facts.kind == "run" and llm and not llm_inside and llm.hub_id is None else None,
         repo=repo,
         name=repo.rpartition("/")[2],
         from_modelscope=hub == MODELSCOPE,
@@ -294,6 +268,7 @@ def front_matter(facts: Facts, wishes: Wishes) -> str:
     relation = "adapter" if facts.adapters else "finetune"
     if facts.kind == "gguf" and any(re.search(r"(?i)[-_.]i?q\d", name) for name in facts.files):
         relation = "quantized"
+    pipeline = "image-text-to-text" if facts.sees else "text-generation"
     tags = ["mmft", *(["llava"] if facts.sees else []), *(["lora"] if "LoRA" in facts.method else [])]
     data = ModelCardData(
         base_model=ids or None,
@@ -303,7 +278,7 @@ def front_matter(facts: Facts, wishes: Wishes) -> str:
         library_name=LIBRARIES[facts.kind],
         license=own.lower() if own and known else ("other" if own else None),
         license_name=None if known or own is None else re.sub(r"[^a-z0-9.-]+", "-", own.lower()).strip("-"),
-        pipeline_tag="image-text-to-text" if facts.sees else "text-generation",
+        pipeline_tag="image-feature-extraction" if facts.kind == "vision" else pipeline,
         tags=tags,
     )
     return str(data.to_yaml()).strip()

@@ -10,9 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mmft.convert.push.bases import renamed
 from mmft.convert.push.files import CARD, PushError, Upload, cleaned, refuse_private, sort_out, stage
 from mmft.convert.push.hubs import Target, check_repo, find_token, push
-from mmft.convert.push.model_card import Kind, Wishes, gather, renamed, write_card
+from mmft.convert.push.model_card import Facts, Kind, Wishes, gather, write_card
+from mmft.errors import MmftError
 
 PARITY = "parity.json"
 FLAGS = {"llm": "--base-model OWNER/NAME", "vision": "--base-vision OWNER/NAME"}
@@ -69,7 +71,7 @@ def plan_push(
         raise PushError(_not_proved(found.folder, parity))
     listed = found.manifest["files"] if found.kind in ("run", "merged") else None
     taken, left = sort_out(found.folder, listed)
-    uploads = cleaned(taken, renamed(found.manifest, wishes))
+    uploads = cleaned(taken, renamed(found.manifest, wishes.bases))
     facts = gather(
         found.kind, found.folder, found.manifest, found.run, parity, wishes, [upload.name for upload in uploads]
     )
@@ -81,7 +83,7 @@ def plan_push(
     else:
         card = write_card(facts, wishes, repo, hub, unverified=not proved)
         uploads = [one for one in uploads if one.name != CARD] + [Upload(CARD, own, card.encode("utf-8"))]
-        notes += _notes(found, facts.bases, wishes)
+        notes += _notes(found, facts, wishes)
     refuse_private(uploads)
     return Plan(repo, hub, tuple(sorted(uploads, key=lambda one: one.name)), left, card, tuple(notes), wishes.license)
 
@@ -106,20 +108,49 @@ def find(model: str, run: str | None) -> Found:
         raise PushError(f"{folder} is what a conversion left that did not hold; see {PARITY} in it, and convert again")
     if any(folder.glob("*.gguf")):
         return _converted(folder, "gguf", run)
-    if "model_type" in _read(folder / "config.json") and not (folder / "mmft.json").is_file():
-        return _converted(folder, "hf", run)
+    config = _read(folder / "config.json")
+    if "model_type" in config and not (folder / "mmft.json").is_file():
+        return _converted(folder, "vision" if _only_sees(config) else "hf", run)
     ours, manifest = _our_folder(model)
-    where = Path(run) if run else ours.parent
-    return Found(ours, "merged" if "merged" in manifest else "run", manifest, _run_folder(where))
+    where = _run_folder(Path(run)) if run else _run_behind(ours)
+    return Found(ours, "merged" if "merged" in manifest else "run", manifest, where)
+
+
+def _only_sees(config: Mapping[str, Any]) -> bool:
+    """Whether a config of transformers is a vision encoder's: it knows pictures and no words."""
+    return bool({"image_size", "patch_size"} & config.keys()) and not {"vocab_size", "text_config"} & config.keys()
 
 
 def _converted(folder: Path, kind: Kind, run: str | None) -> Found:
-    manifest: Mapping[str, Any] = {}
-    source = run or _read(folder / PARITY).get("source")
-    if source and (run or Path(source).exists()):
-        ours, manifest = _our_folder(str(source))
-        return Found(folder, kind, manifest, _run_folder(ours.parent))
-    return Found(folder, kind, manifest, None)
+    found = _our_folder(run) if run else _source(folder)
+    if found is None:
+        return Found(folder, kind, {}, None)
+    return Found(folder, kind, found[1], _run_behind(found[0]))
+
+
+def _source(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The model folder of ours that a conversion says it was made from, where that is still there, and whole."""
+    said = _read(folder / PARITY).get("source")
+    if not isinstance(said, str) or not said:
+        return None
+    places = (Path(said).expanduser(), *(parent / said for parent in folder.absolute().parents))
+    try:
+        return next((_our_folder(str(place)) for place in places if place.is_dir()), None)
+    except MmftError:  # another's model, such as an import starts from
+        return None
+
+
+def _run_behind(ours: Path) -> Path | None:
+    """The run that wrote a model folder, or the one that its source came from."""
+    seen: set[Path] = set()
+    while ours.resolve() not in seen:
+        seen.add(ours.resolve())
+        if run := _run_folder(ours.parent):
+            return run
+        if (source := _source(ours)) is None:
+            return None
+        ours = source[0]
+    return None
 
 
 def _our_folder(reference: str) -> tuple[Path, dict[str, Any]]:
@@ -156,19 +187,24 @@ def _not_proved(folder: Path, parity: Mapping[str, Any] | None) -> str:
     return f"{folder} was not pushed: {why}; or push it as it is with --unverified, and its card says so"
 
 
-def _notes(found: Found, bases: Any, wishes: Wishes) -> list[str]:
+def _notes(found: Found, facts: Facts, wishes: Wishes) -> list[str]:
     """What would make the card better."""
     notes = []
-    if not found.manifest:
+    if not found.manifest and found.kind != "vision":
         notes.append("the card does not know the training; name the run with --run")
-    elif found.run is None:
+    elif found.run is None and facts.trained and found.manifest:
         notes.append("the card has no metrics: no metrics.jsonl beside the model; name the run with --run")
-    load = "others cannot load it" if found.kind in ("run", "merged") else "the card has no link to it"
+    converted = found.kind not in ("run", "merged")
     notes += [
-        f"{base.name!r} is known only by its place on this disk, so {load}; its name on the hub: {FLAGS[base.part]}"
-        for base in bases
+        f"{base.name!r} is known only by its place on this disk, so "
+        f"{'the card has no link to it' if converted or base.inside else 'others cannot load it'}; "
+        f"its name on the hub: {FLAGS[base.part]}"
+        for base in facts.bases
         if base.hub_id is None
     ]
+    if not facts.bases and (facts.whole or found.kind == "vision"):
+        flag = FLAGS["vision" if found.kind == "vision" else "llm"]
+        notes.append(f"the card does not say which model this was made from; its name on the hub: {flag}")
     if wishes.license is None:
         notes.append("the card names no licence; choose one that the base models allow with --license, as apache-2.0")
     return notes
