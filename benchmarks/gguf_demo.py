@@ -221,17 +221,6 @@ def convert(quant: str) -> tuple[Path, dict[str, Any]]:
     return out, json.loads((out / "parity.json").read_text())
 
 
-def accuracy(limit: int) -> dict[str, Any]:
-    """`mmft eval` on held-out questions, each asked after the model's own description."""
-    data, out = DEMO / "data", RUN / "eval"
-    asked = [str(data / "test_questions.json"), "--image-folder", str(data / "test"), "--ask-first", DESCRIBE]
-    training = ["--training", str(data / "train_questions.json"), "--training-image-folder", str(data / "train")]
-    more = ["--limit", str(limit), "--batch-size", "32", "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "mmft", "eval", str(RUN), *asked, *training, *more], check=True)
-    found: dict[str, Any] = json.loads((out / "eval.json").read_text())
-    return found
-
-
 def prepare(options: argparse.Namespace, plugins: Plugins) -> None:
     """Tower, projector and run, where they are not there."""
     from mmft.train.run import train
@@ -260,14 +249,11 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="of training")
     parser.add_argument("--quant", nargs="*", default=["f16", "q8_0"])
     parser.add_argument("--probes", type=int, default=10)
-    parser.add_argument("--eval", type=int, default=0, metavar="N", help="also: accuracy on held-out questions")
     parser.add_argument("--new", action="store_true", help="train anew")
     options, plugins = parser.parse_args(), load_plugins()
     prepare(options, plugins)
     losses = [line["loss"] for line in read_lines(RUN / "metrics.jsonl") if "loss" in line]
     print(f"training loss {losses[0]:.3f} at first, {sum(losses[-3:]) / 3:.3f} at last (mean of three lines)")
-    if options.eval:
-        print(f"held-out: {json.dumps(accuracy(options.eval))}")
     probes = choose(options.probes)
     folders = {f"{SIZE} x {SIZE}": ROOT / "pictures", "as they are": DEMO / "data" / "test"}
     show(probes, ROOT / "pictures")
