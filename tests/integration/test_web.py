@@ -148,7 +148,6 @@ def test_the_panel_changes_how_answers_are_drawn(visitor: Visitor) -> None:
     visitor.page.get_by_role("button", name="Settings").click()
     visitor.page.get_by_label("number input for Most new tokens").fill("1")
     visitor.page.get_by_role("button", name="Toggle Sidebar").click()
-    visitor.ask(" ")  # nothing to ask
     visitor.ask("Say hello.")
     expect(visitor.page.locator("[data-testid=bot]")).to_have_count(1)
     expect(visitor.page.locator(BOX)).to_be_enabled()

@@ -107,7 +107,7 @@ def test_a_whole_answer_is_cut_at_its_first_stop_string() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1.0}, r"temperature=-1\.0: allowed is 0 \(greedy\) or more"),
+        ({"temperature": -1.0}, r"temperature=-1\.0: allowed is 0 \(greedy\), or 0\.0001 or more"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0: allowed is above 0, at most 1"),
         ({"top_k": -1}, "top_k=-1"),
