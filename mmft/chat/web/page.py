@@ -242,9 +242,11 @@ class Page:
         return Style(settings[0] or None, generation, self.options.max_context, language)
 
     def reopen(self, asked: Asked | None, turns: tuple[Turn, ...], request: gr.Request) -> Any:
-        """Open the box. A question that never began, because it was stopped or the queue was full, says so."""
+        """Open the box, once. A question that never began, because it was stopped or the queue was full, says so."""
+        if asked is None:  # it is open already: where an answer is stopped, gradio may tell of both its ends
+            return [gr.skip()] * (len(self.chats) + 5)
         language = self.language(request)
-        if asked is not None and len(turns) == asked.place:
+        if len(turns) == asked.place:
             error = say(language, "never_began", most=self.options.max_waiting)
             turns = (*turns, asked.turn.unanswered(len(self.seats), error=error))
         opened = self._box(interactive=True, submit_btn=True, stop_btn=False)
