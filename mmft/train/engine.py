@@ -24,6 +24,7 @@ from mmft.modeling.llava import LlavaModel
 from mmft.modeling.sequence import Stretch
 from mmft.plugins import Plugins
 from mmft.ranks import Ranks, all_raise
+from mmft.train.builds import clear_abandoned_builds
 
 ENGINE = "engine.json"  # in a checkpoint
 OPTIMIZER = "optimizer"  # in a checkpoint of FSDP2: a folder of torch.distributed.checkpoint
@@ -57,7 +58,7 @@ class Engine:
         if attention.VARLEN not in built.causal_lm.config._attn_implementation:
             told = "runtime.sequence_parallel: this model's attention cannot exchange heads; set it to 1"
             all_raise(ModelError(told))
-        join_deepspeed()
+        join_deepspeed(self.ranks)
         groups = [dist.new_group(range(first, first + size)) for first in range(0, self.ranks.size, size)]
         built.stretch = Stretch(self.ranks.rank % size, size, groups[self.ranks.rank // size])
 
@@ -123,7 +124,7 @@ class DeepSpeed(Engine):
 
     def arguments(self, built: LlavaModel) -> dict[str, Any]:
         """The JSON, with the sizes that DeepSpeed's users write as "auto" (transformers looks for them in vain)."""
-        join_deepspeed()
+        join_deepspeed(self.ranks)
         width = int(built.causal_lm.get_input_embeddings().weight.shape[1])
         sizes = {
             "reduce_bucket_size": max(width * width, 1 << 20),
@@ -237,10 +238,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def join_deepspeed() -> None:
+def join_deepspeed(ranks: Ranks) -> None:
     """Let DeepSpeed use the process group there is. What it prints from every process is of its own kernels."""
     import deepspeed
 
+    if ranks.local == 0:
+        clear_abandoned_builds()
+    ranks.wait()
     if not deepspeed.comm.is_initialized():
         with redirect_stdout(StringIO()):
             deepspeed.init_distributed()

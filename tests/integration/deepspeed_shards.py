@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmft.train.builds import clear_abandoned_builds
+
 FROZEN = "visual_encoder."
 
 
@@ -75,6 +77,9 @@ def write(folder: Path, stage: int) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        clear_abandoned_builds()
+    dist.barrier()
     for stage in (1, 2, 3):
         write(Path(sys.argv[1]), stage)
     dist.destroy_process_group()
