@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: idle threads must not spin on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints into what the documents' sessions show
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as `pytest &` leaves it, for all processes started here too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

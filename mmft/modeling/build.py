@@ -19,6 +19,7 @@ from mmft.modeling import attention
 from mmft.modeling.llava import LlavaModel
 from mmft.modeling.llm import base_token_ids, load_llm, quantized_layers
 from mmft.modeling.lora import add_lora, is_adapted
+from mmft.modeling.loss import piece_size
 from mmft.modeling.tensors import misfits, refuse_misfits
 from mmft.plugins import Plugins
 from mmft.specs import VisionInfo
@@ -47,6 +48,7 @@ def build_model(
         raise ModelError(reason)
     llm_folder = weights / LLM_FOLDER if weights and (weights / LLM_FOLDER).is_dir() else None
     llm = load_llm(model.llm, dtype=dtype, device=device, path=llm_folder, hub=model.hub)
+    loss_piece = piece_size(llm)
     layout = attention.choose(llm, model.llm.attention)
     if model.llm.trainable:
         llm.requires_grad_(True)
@@ -64,6 +66,7 @@ def build_model(
             model.vision, plugins, info, width, dtype, device, weights, encoder_options(model.vision.encoder, model.hub)
         )
     built = LlavaModel(llm, image_id=image_id, dtype=dtype, layout=layout, **parts)  # type: ignore[arg-type]
+    built.loss_piece = loss_piece
     if gradient_checkpointing and built.vision_trains:
         checkpoint_gradients(built.vision)
     check_build(built, model)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmft.errors import DataError
-from mmft.modeling import attention
+from mmft.modeling import attention, loss
 from mmft.modeling.lora import base_of
 from mmft.modeling.sequence import Stretch
 from mmft.types import IGNORE_INDEX
@@ -63,6 +63,7 @@ class LlavaModel(nn.Module):
         self.image_id, self.feature_shape, self.pixel_shape = image_id, feature_shape, pixel_shape
         self.dtype, self.layout = dtype, layout
         self.num_datasets = 1  # of `dataset_ids`
+        self.loss_piece: int | None = None  # the logits of how many tokens are computed at once; None: of all
         self.stretch: Stretch | None = None  # several processes share each row
         self.lockstep = False  # weights are sharded: every rank must run every part, also where a batch has no picture
 
@@ -198,12 +199,19 @@ class LlavaModel(nn.Module):
                 targets = self.stretch.own_next(labels, IGNORE_INDEX)
                 sources = None if dataset_ids is None else self.stretch.own_next(dataset_ids, 0)
             keep = torch.nonzero((targets != IGNORE_INDEX).any(dim=0)).flatten()
-            logits = self.causal_lm(**inputs, logits_to_keep=keep).logits
+            targets = targets[:, keep]
+            losses = self._token_losses(inputs, targets, keep)
+            result = {"loss": loss.token_mean(losses, targets, num_items_in_batch)}
             if sources is not None:
-                return losses_by_dataset(
-                    logits, targets[:, keep], num_items_in_batch, sources[:, keep], self.num_datasets
-                )
-            return {"loss": token_mean(logits, targets[:, keep], num_items_in_batch)}
+                result["dataset_sums"] = loss.dataset_sums(losses, targets, sources[:, keep], self.num_datasets)
+            return result
+
+    def _token_losses(self, inputs: dict[str, Any], targets: Tensor, keep: Tensor) -> Tensor:
+        """float32[B, K] of the positions `keep` int64[K]; logits are computed for those alone."""
+        if self.loss_piece is None or targets.numel() <= self.loss_piece:
+            return loss.token_losses(self.causal_lm(**inputs, logits_to_keep=keep).logits, targets)
+        hidden = self.causal_lm.base_model(**inputs).last_hidden_state[:, keep]
+        return loss.token_losses_in_pieces(self.causal_lm, hidden, targets, self.loss_piece)
 
     @torch.no_grad()
     def generate(
@@ -230,28 +238,3 @@ class LlavaModel(nn.Module):
                 inputs_embeds=embeds, attention_mask=attention_mask.to(self.device), use_cache=True, **options
             )
             return generated
-
-
-def token_mean(logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Cross entropy in float32, summed over the labelled tokens and divided by how many the whole step has."""
-    total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    count = num_items if num_items is not None else (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
-
-
-def losses_by_dataset(
-    logits: Tensor, targets: Tensor, num_items: Tensor | int | None, dataset_ids: Tensor, num_datasets: int
-) -> dict[str, Tensor]:
-    """`token_mean`, and beside it "dataset_sums" float[2, D], without gradient: summed loss and targets of each.
-
-    The losses of single tokens exist on the way to their sum; adding them up by dataset reads them once more.
-    """
-    places, flat = dataset_ids.flatten(), targets.flatten()
-    losses = F.cross_entropy(logits.float().flatten(0, 1), flat, ignore_index=IGNORE_INDEX, reduction="none")
-    labelled = flat != IGNORE_INDEX
-    count = num_items if num_items is not None else labelled.sum().clamp(min=1)
-    sums = losses.new_zeros(2, num_datasets)
-    sums[0].index_add_(0, places, losses.detach())
-    sums[1].index_add_(0, places, labelled.to(sums.dtype))
-    loss = losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)
-    return {"loss": loss, "dataset_sums": sums}

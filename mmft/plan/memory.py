@@ -10,6 +10,7 @@ from torch import nn
 from mmft.config import TrainConfig
 from mmft.data.shape import Shape
 from mmft.modeling.llm import compute_dtype
+from mmft.modeling.loss import tokens_at_once
 from mmft.plan.shards import Shards, shards_of
 from mmft.plan.simulate import BatchShape, StepBytes, simulate
 from mmft.plan.skeleton import QuantizedLinear, Skeleton, Target, build_skeleton
@@ -52,6 +53,8 @@ class Planner:
         """The peak of the worst of some batches. Raises `ModelError` where a part has no readable configuration."""
         shards, dtype = shards_of(config, self.plugins, self.processes), self.dtype(config)
         skeleton = self._skeleton(config, cast_trained=shards.casts)
+        words = next(skeleton.model.get_input_embeddings().parameters()).shape[0]
+        skeleton.model.loss_piece = None if shards.deepspeed and shards.stage == 3 else tokens_at_once(words)
         step = simulate(
             skeleton, config, batches, self.shape.tokenizer.tokens_per_image, self.target,
             shards_gradients=shards.stage > 1,

@@ -140,6 +140,11 @@ class DeepSpeed(Engine):
                     section[key] = {**section[key], "pin_memory": False}  # there is no GPU to copy to
         return {"deepspeed": content}
 
+    def prepare(self, built: LlavaModel, device: torch.device) -> None:
+        """Under ZeRO-3 every process must call every layer equally often, so none works through its loss in pieces."""
+        if self.stage == 3:
+            built.loss_piece = None
+
     def full(self, tensor: Tensor) -> Tensor:
         """A trained weight from its float32 master copy, whatever the precision; a frozen one as it is."""
         import deepspeed

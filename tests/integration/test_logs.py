@@ -28,7 +28,7 @@ from mmft.config import (
 from mmft.config.check import find_problems
 from mmft.data.collate import Collator
 from mmft.data.store import StoredSample
-from mmft.modeling.llava import losses_by_dataset, token_mean
+from mmft.modeling.loss import dataset_sums, token_losses, token_mean
 from mmft.train.callbacks import metrics_line
 from mmft.train.plot import draw, smoothed
 from mmft.train.progress import DatasetLoss, Pace, Progress
@@ -228,8 +228,9 @@ def test_losses_by_dataset_add_up_to_the_loss_and_change_nothing():
     logits = torch.randn(1, 6, 11, requires_grad=True)
     targets = torch.tensor([[1, -100, 3, 4, -100, 5]])
     places = torch.tensor([[0, 0, 2, 2, 2, 0]])
-    told = losses_by_dataset(logits, targets, 4, places, 3)
-    plain = token_mean(logits, targets, 4)
+    losses = token_losses(logits, targets)
+    told = {"loss": token_mean(losses, targets, 4), "dataset_sums": dataset_sums(losses, targets, places, 3)}
+    plain = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum") / 4
     assert told["loss"].item() == pytest.approx(plain.item(), rel=1e-6)
     assert told["dataset_sums"][1].tolist() == [2, 0, 2]
     assert told["dataset_sums"][0].sum().item() / 4 == pytest.approx(plain.item(), rel=1e-6)
