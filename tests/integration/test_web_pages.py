@@ -4,16 +4,14 @@ import json
 import socket
 import sys
 import urllib.error
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 from playwright.sync_api import Browser, expect
-from web_visitors import BOX, NO_PROXY, STOP, Client, Visitor, chromium
+from web_visitors import BOX, NO_PROXY, Client, chromium, load, served, visiting, wait_until
 
 from mmft.chat.tools import ToolUse
 from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures, logins, short_names
@@ -22,8 +20,7 @@ from mmft.chat.web.turns import Answer, Seat, Style, Turn, answered, edited, his
 from mmft.chat.web.words import WORDS, say
 from mmft.cli.talk import web
 from mmft.errors import MmftError
-from mmft.inference import Assistant, Generation, find_model, load_assistant
-from mmft.plugins import load_plugins
+from mmft.inference import Assistant, Generation
 from mmft.types import ToolCall
 
 
@@ -40,28 +37,9 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def load(run: Path) -> Assistant:
-    return load_assistant(find_model(str(run)), load_plugins(), device=torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def reading(tiny_text_run: Path) -> Assistant:
     return load(tiny_text_run)
-
-
-@contextmanager
-def served(seats: Sequence[Seat], auth: Sequence[str] = (), **options: Any) -> Iterator[str]:
-    from mmft.chat.web.page import build_page
-
-    server = ServeOptions(port=0, auth=auth, max_upload=1)
-    with bind(server) as bound, closing(build_page(seats, PageOptions(**options))) as page:
-        yield launch(page, server, bound)[0].rstrip("/")
-
-
-@contextmanager
-def visiting(browser: Browser, address: str, locale: str = "en-US") -> Iterator[Visitor]:
-    with closing(browser.new_context(locale=locale)) as context:
-        yield Visitor(context.new_page(), address)
 
 
 def test_two_models_answer_one_question_each_with_its_own_history(
@@ -117,69 +95,6 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_or_where_it_is_told_to(
             assert labels in (["编辑", "重试"], ["Edit", "Retry"])
 
 
-@pytest.fixture
-def endless(reading: Assistant) -> Iterator[str]:
-    """The page of a model that repeats itself and never ends, so that it answers again only once it was stopped."""
-    config = reading.model.causal_lm.config
-    before, config.max_position_embeddings = config.max_position_embeddings, 200_000
-    generation = Generation(max_new_tokens=100_000, repetition_penalty=0.01)
-    with served([Seat("reads", reading)], generation=generation, max_waiting=1) as address:
-        yield address
-    config.max_position_embeddings = before
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_stop_keeps_what_was_written_and_frees_the_model(browser: Browser, endless: str) -> None:
-    with visiting(browser, endless) as visitor, visiting(browser, endless) as other:
-        assert visitor.page.locator("input[type=file]").count() == 0  # a text model has no control for pictures
-        visitor.ask("Say hello.")
-        answer = visitor.page.locator("[data-testid=bot]")
-        expect(answer).not_to_be_empty()
-        written = answer.inner_text().rstrip()
-        visitor.page.locator(STOP).click()
-        expect(visitor.page.locator(BOX)).to_be_enabled()
-        other.ask("Say hello.")
-        expect(other.page.locator("[data-testid=bot]")).not_to_be_empty()  # the model is free
-        kept = answer.inner_text()
-        assert kept.startswith(written) and written
-        other.page.locator(STOP).click()
-        expect(other.page.locator(BOX)).to_be_enabled()
-        assert answer.inner_text() == kept
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_a_closed_page_frees_the_model(browser: Browser, endless: str) -> None:
-    for _ in range(2):
-        with visiting(browser, endless) as visitor:
-            visitor.ask("Say hello.")
-            expect(visitor.page.locator("[data-testid=bot]")).not_to_be_empty()
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_a_question_beyond_the_bound_of_the_queue_or_stopped_in_it_says_so(browser: Browser, endless: str) -> None:
-    with (
-        visiting(browser, endless) as first,
-        visiting(browser, endless) as second,
-        visiting(browser, endless) as third,
-    ):
-        first.ask("Say hello.")
-        expect(first.page.locator("[data-testid=bot]")).not_to_be_empty()
-        with second.page.expect_response("**/queue/join*"):
-            second.ask("Say hello.")
-        third.ask("Say hello.")
-        stopped_or_full = "it did not begin: it was stopped, or 1 questions are waiting already; ask again in a while"
-        line = f"⚠ not answered: {stopped_or_full}"
-        third.expect_answers(line)
-        expect(third.page.locator(".chat > .wrap .error")).to_be_hidden()  # gradio's word across the conversation
-        second.page.locator(STOP).click()
-        second.expect_answers(line)
-        first.page.locator(STOP).click()
-        expect(first.page.locator(BOX)).to_be_enabled()
-        third.page.get_by_role("button", name="Retry").click()
-        expect(third.page.locator("[data-testid=bot]")).not_to_have_text(line)
-        expect(third.page.locator("[data-testid=bot]")).not_to_be_empty()
-
-
 def test_turns_once_dropped_stay_dropped_and_what_was_computed_is_used_again(reading: Assistant) -> None:
     seat, style = Seat("reads", reading), Style(generation=Generation(max_new_tokens=20), max_context=160)
     turns: tuple[Turn, ...] = ()
@@ -202,11 +117,23 @@ def test_a_stopped_answer_is_told_to_the_model_and_an_error_is_not() -> None:
     assert [(message.role, message.text) for message in history(turns)] == [("user", "Hi"), ("assistant", "Hel")]
 
 
-def test_the_use_of_a_tool_is_shown_where_it_happened_and_as_text(browser: Browser, reading: Assistant) -> None:
+def test_a_folded_use_of_a_tool_says_how_its_result_begins_and_whether_it_failed() -> None:
+    uses = (
+        ToolUse(ToolCall("calculate", {}), "126"),
+        ToolUse(ToolCall("search", {}), "no answer\n" * 40, failed=True),
+        ToolUse(ToolCall("search", {}), "x" * 400),
+    )
+    titles = [part["metadata"]["title"] for part in shown([Turn("Hi", answers=(Answer(uses),))])[1:]]
+    assert titles[0] == "⚙ calculate → 126"
+    assert titles[1].startswith("⚠ search → no answer no answer") and titles[1].endswith(" …") and len(titles[1]) < 80
+    assert len(titles[2]) < 80
+
+
+def test_the_use_of_a_tool_is_shown_where_it_happened_and_as_text() -> None:
     use = ToolUse(ToolCall("<b>x</b>", {"text": "<img src=x onerror=window.ran=1>"}), "<script>window.ran=2</script>")
     messages = shown([Turn("Hi", answers=(Answer(("One ", use, "moment.")),))])
     assert [part["role"] for part in messages] == ["user", "assistant", "assistant", "assistant"]
-    assert messages[2]["metadata"]["title"] == "⚙ <\u2060b>x<\u2060/b>"
+    assert messages[2]["metadata"]["title"] == "⚙ <\u2060b>x<\u2060/b> → <\u2060script>window.ran=2<\u2060/script>"
     text = "text: &lt;img src=x onerror=window.ran=1&gt;\n→ &lt;script&gt;window.ran=2&lt;/script&gt;"
     assert messages[2]["content"] == [{"type": "text", "text": text}]
 
@@ -255,6 +182,23 @@ def test_uploads_have_a_bound_together_and_the_server_goes_on(
         assert sum(path.stat().st_size == 900_000 for path in tmp_path.rglob("*.png")) == 1
         (tmp_path / "of others").unlink()
         client.upload("b.png", bytes(900_000))
+
+
+def test_what_was_downloaded_goes_with_the_page_it_was_asked_from(
+    browser: Browser, reading: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with served([Seat("reads", reading)]) as address:
+        with visiting(browser, address) as visitor:
+            for number in (1, 2):
+                visitor.ask("Say hello.")
+                expect(visitor.page.locator("[data-testid=bot]")).to_have_count(number)
+                expect(visitor.page.get_by_role("button", name="New chat")).to_be_enabled()
+                with visitor.page.expect_download() as download:
+                    visitor.page.get_by_role("button", name="Download").click()
+                assert Path(download.value.path()).read_text("utf-8").count("Say hello.") == number
+                assert len(list(tmp_path.rglob("conversation*"))) == 1
+        wait_until(lambda: not list(tmp_path.rglob("conversation*")))
 
 
 @pytest.mark.parametrize(

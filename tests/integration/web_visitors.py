@@ -3,16 +3,24 @@
 import json
 import os
 import shutil
+import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+
+from mmft.chat.web.options import PageOptions, ServeOptions
+from mmft.chat.web.server import bind, launch
+from mmft.chat.web.turns import Seat
+from mmft.inference import Assistant, find_model, load_assistant
+from mmft.plugins import load_plugins
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -36,6 +44,33 @@ def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         expect.set_options(timeout=PATIENCE)
         yield playwright.chromium.launch(executable_path=path, args=FLAGS)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def load(run: Path) -> Assistant:
+    return load_assistant(find_model(str(run)), load_plugins(), device=torch.device("cpu"))
+
+
+@contextmanager
+def served(seats: Sequence[Seat], auth: Sequence[str] = (), **options: Any) -> Iterator[str]:
+    """The address of a page of this process."""
+    from mmft.chat.web.page import build_page
+
+    server = ServeOptions(port=0, auth=auth, max_upload=1)
+    with bind(server) as bound, closing(build_page(seats, PageOptions(**options))) as page:
+        yield launch(page, server, bound)[0].rstrip("/")
+
+
+@contextmanager
+def visiting(browser: Browser, address: str, locale: str = "en-US") -> Iterator["Visitor"]:
+    with closing(browser.new_context(locale=locale)) as context:
+        yield Visitor(context.new_page(), address)
 
 
 class Visitor:

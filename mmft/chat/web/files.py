@@ -2,29 +2,75 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from mmft.chat.transcript import write_transcript
 from mmft.chat.web.turns import Seat, Turn, conversation
+from mmft.chat.web.uploads import SAVED, stored
+from mmft.types import Conversation
 
 NAME = "conversation"
+MOST = 100  # downloads of all visitors together
+ROOM = 500_000_000  # bytes of them
 
 
-def write_conversation(turns: Sequence[Turn], seats: Sequence[Seat], system: str | None) -> Path | None:
-    """`conversation.json`, or `conversation.zip` where there are pictures or two models; None where nothing was said.
+class Downloads:
+    """The last conversation that each visitor took along, until he leaves.
+
+    Who speaks to the server without a browser never leaves: so of all only the newest are kept, at most `most` and, but
+    for the very newest, of at most `room` bytes together.
+    """
+
+    def __init__(self, most: int = MOST, room: int = ROOM) -> None:
+        self._most, self._room = most, room
+        self._folders: dict[str, Path] = {}  # the oldest first
+        self._lock = Lock()
+
+    def write(self, visitor: str, turns: Sequence[Turn], seats: Sequence[Seat], system: str | None) -> Path | None:
+        """The file, in the place of the visitor's one before; None where nothing was said."""
+        said = [conversation(turns, column, system, seat.tools) for column, seat in enumerate(seats)]
+        if not any(message.role == "assistant" for one in said for message in one.messages):
+            return None
+        home = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir())) / SAVED
+        home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=home))
+        try:
+            path = write_conversation(folder, said)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._lock:
+            self._remove(visitor)
+            self._folders[visitor] = folder
+            while len(self._folders) > 1 and (len(self._folders) > self._most or self._size() > self._room):
+                self._remove(next(iter(self._folders)))
+        return path
+
+    def remove(self, visitor: str) -> None:
+        """Who has left."""
+        with self._lock:
+            self._remove(visitor)
+
+    def _remove(self, visitor: str) -> None:
+        if folder := self._folders.pop(visitor, None):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _size(self) -> int:
+        return sum(map(stored, self._folders.values()))
+
+
+def write_conversation(folder: Path, said: Sequence[Conversation]) -> Path:
+    """`conversation.json` in a folder, or `conversation.zip` where there are pictures or two models.
 
     In the archive the pictures go by relative paths, so that it is unpacked anywhere and loaded in its folder.
     """
-    said = [conversation(turns, column, system, seat.tools) for column, seat in enumerate(seats)]
-    if not any(message.role == "assistant" for one in said for message in one.messages):
-        return None
-    folder = Path(tempfile.mkdtemp(prefix="save-", dir=os.environ.get("GRADIO_TEMP_DIR")))
-    files = (
-        [folder / f"{NAME}.json"] if len(seats) == 1 else [folder / f"{NAME}-{n + 1}.json" for n in range(len(seats))]
-    )
+    names = [NAME] if len(said) == 1 else [f"{NAME}-{n + 1}" for n in range(len(said))]
+    files = [folder / f"{name}.json" for name in names]
     pictures: dict[str, str] = {}
     for path, one in zip(files, said, strict=True):
         write_transcript(path, one)
@@ -34,6 +80,7 @@ def write_conversation(turns: Sequence[Turn], seats: Sequence[Seat], system: str
     with ZipFile(folder / f"{NAME}.zip", "w", ZIP_DEFLATED) as archive:
         for path in files:
             archive.write(path, path.name)
+            path.unlink()
         for source, name in pictures.items():
             archive.write(source, name)
     return folder / f"{NAME}.zip"

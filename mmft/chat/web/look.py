@@ -22,6 +22,7 @@ gradio-app, .gradio-container { height: 100dvh; min-height: 0 !important; }
 #chats h2 { font-size: 0.95rem; margin: 0; overflow-wrap: anywhere; }
 .chat .message, .chat .message-markdown-disabled { white-space: normal; }
 .chat .message-content .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+.chat .thought-group { border: none; background: none; padding: 0; margin: 0; }
 .chat .image-frame img { max-height: 220px; width: auto; }
 .chat .edit-textarea { width: min(32rem, 60vw) !important; min-height: 5.5rem; }
 .chat > .wrap:has(.error), #entry > .wrap:has(.error), .chat > .wrapper > .top-panel,
@@ -31,7 +32,7 @@ gradio-app, .gradio-container { height: 100dvh; min-height: 0 !important; }
 #examples .picture { padding: 4px; }
 #examples .picture img { height: 56px; width: auto; border-radius: 4px; margin: 0; }
 #settings:not(.open) .toggle-button { visibility: hidden; }
-#file { display: none !important; }
+#file, #leave { display: none !important; }
 @media (max-width: 640px) {
   #title { display: none; }
   #top { justify-content: flex-end; }
@@ -49,3 +50,5 @@ FETCH = """(file) => {
   link.click();
 }"""
 UNFOLD = "() => document.querySelector('#settings .toggle-button').click()"
+# A press of the hidden button whose event cancels what waits in the queue: gradio binds that to no other event's end.
+LEAVE = "() => document.querySelector('#leave').click()"

@@ -5,9 +5,8 @@ the box, `reply` waits its turn in the queue and writes, `reopen` opens the box.
 `gr.State`, which gradio keeps apart for every open page.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from threading import Lock
@@ -17,8 +16,9 @@ from typing import Any
 import gradio as gr
 from gradio.i18n import I18nData
 
-from mmft.chat.web.files import write_conversation
-from mmft.chat.web.look import FETCH, FOCUS, UNFOLD
+from mmft.chat.web.asked import Asked
+from mmft.chat.web.files import Downloads
+from mmft.chat.web.look import FETCH, FOCUS, LEAVE, UNFOLD
 from mmft.chat.web.options import PageOptions
 from mmft.chat.web.turns import Seat, Style, Turn, answered, edited, shown, turn_at
 from mmft.chat.web.words import language_of, say, tables
@@ -37,20 +37,12 @@ SLIDERS = {  # lowest, highest, step
 WHOLE = {"max_new_tokens", "top_k", "seed"}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question on its way: its turn, and how many turns stand before it."""
-
-    turn: Turn
-    place: int
-
-
 def build_page(seats: Sequence[Seat], options: PageOptions) -> gr.Blocks:
     """The page of one or two models, to be launched with `i18n=words()`. Text models get a box without pictures."""
     with gr.Blocks(
         analytics_enabled=False, title="mmft chat", fill_height=True, fill_width=True, delete_cache=(3600, DAY)
     ) as page:
-        Page(seats, options)
+        page.unload(Page(seats, options).left)
     page.queue(max_size=options.max_waiting, api_open=False)
     return page
 
@@ -82,6 +74,7 @@ class Page:
         self.seats, self.options = seats, options
         self.sees = any(seat.assistant.sees for seat in seats)
         self.one_at_a_time = Lock()  # beside the queue: a stopped answer may still be finishing its token
+        self.downloads = Downloads()
         self.turns, self.asked = gr.State(()), gr.State(None)
         with gr.Row(elem_id="top"):
             gr.HTML(value=title(seats), elem_id="title")
@@ -100,6 +93,7 @@ class Page:
         )  # fmt: skip
         self.settings = self._settings()
         self.file = gr.DownloadButton("", elem_id="file")
+        self.leave = gr.Button("", elem_id="leave")
         self._connect()
 
     @property
@@ -151,7 +145,8 @@ class Page:
             ways.append((chat.retry, self.again, [self.turns, self.asked]))
             ways.append((chat.edit, self.editor(column), [self.turns, self.asked]))
         replies = [self._answer(event(begin, given, begun, **quick), quick) for event, begin, given in ways]
-        self.entry.stop(None, None, None, cancels=replies, queue=False)
+        self.entry.stop(self.stop, self.asked, None, **quick).success(None, None, None, js=LEAVE)
+        self.leave.click(None, None, None, cancels=replies, queue=False)
         self.fresh.click(self.reset, None, [self.turns, *self.chats, self.examples, self.save], **quick)
         saved = self.save.click(self.download, [self.turns, self.settings[0]], self.file, **quick)
         saved.success(None, self.file, None, js=FETCH)
@@ -168,8 +163,8 @@ class Page:
             concurrency_limit=1, concurrency_id="answer", api_visibility="private",
         )  # fmt: skip
         opened = [self.turns, self.asked, *self.chats, self.entry, self.fresh, self.save]
-        for ended in (replied.success, replied.failure):  # `then` does not come after a place that was refused
-            ended(self.reopen, [self.asked, self.turns], opened, **quick).then(None, None, None, js=FOCUS)
+        for event, function in ((replied.success, self.reopen), (replied.failure, self.give_up)):
+            event(function, [self.asked, self.turns], opened, **quick).then(None, None, None, js=FOCUS)
         return replied
 
     def send(self, given: Any, turns: tuple[Turn, ...], busy: Asked | None, request: gr.Request) -> Any:
@@ -212,22 +207,44 @@ class Page:
         self, asked: Asked | None, turns: tuple[Turn, ...], request: gr.Request, *settings: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Every state of the answers while they grow, each a whole conversation, so that stopping keeps the last."""
-        if asked is None:
-            raise nothing()
-        language = self.language(request)
+        if asked is None or not asked.begin():
+            yield gr.skip(), *[gr.skip()] * len(self.chats)
+            return
+        try:
+            language = self.language(request)
+            with closing(self._growing(asked, turns, settings, language)) as states:
+                for turns in states:
+                    yield turns, *self.all_shown(turns, language)
+        finally:
+            asked.end()
+
+    def _growing(
+        self, asked: Asked, turns: tuple[Turn, ...], settings: Sequence[Any], language: str
+    ) -> Generator[tuple[Turn, ...], None, None]:
+        """The turns, now and then while the answers of the last one grow, and at their end."""
         try:
             style = self.style(settings, language)
         except DataError as error:
-            turns = (*turns, asked.turn.unanswered(len(self.seats), error=str(error)))
-            yield turns, *self.all_shown(turns, language)
+            yield (*turns, asked.turn.unanswered(len(self.seats), error=str(error)))
             return
         last = 0.0
         with self.one_at_a_time, closing(answered(self.seats, style, asked.turn, turns)) as states:
             for turn in states:
+                if asked.stopped:
+                    break
                 if monotonic() - last >= FRAME:
                     last = monotonic()
-                    yield (*turns, turn), *self.all_shown((*turns, turn), language)
-            yield (*turns, turn), *self.all_shown((*turns, turn), language)
+                    yield (*turns, turn)
+            yield (*turns, turn)
+
+    def stop(self, asked: Asked | None) -> None:
+        """End the answer that is being written; a place in the queue is given up by what follows.
+
+        Gradio could cancel either, but tells twice of the end of an answer that it cancels, the second time perhaps
+        when the next question is on its way.
+        """
+        if asked is None or not asked.stop():
+            raise nothing()
 
     def style(self, settings: Sequence[Any], language: str) -> Style:
         """What the panel says; raises `DataError` for values that no sampler takes."""
@@ -242,9 +259,14 @@ class Page:
         return Style(settings[0] or None, generation, self.options.max_context, language)
 
     def reopen(self, asked: Asked | None, turns: tuple[Turn, ...], request: gr.Request) -> Any:
-        """Open the box, once. A question that never began, because it was stopped or the queue was full, says so."""
-        if asked is None:  # it is open already: where an answer is stopped, gradio may tell of both its ends
-            return [gr.skip()] * (len(self.chats) + 5)
+        """Open the box after the end of an answer."""
+        return self._opened(asked, turns, request) if asked and asked.ended else self._unchanged()
+
+    def give_up(self, asked: Asked | None, turns: tuple[Turn, ...], request: gr.Request) -> Any:
+        """Open the box after a question that never began, because it was stopped or the queue was full; say so."""
+        return self._unchanged() if asked is None or asked.answering else self._opened(asked, turns, request)
+
+    def _opened(self, asked: Asked, turns: tuple[Turn, ...], request: gr.Request) -> Any:
         language = self.language(request)
         if len(turns) == asked.place:
             error = say(language, "never_began", most=self.options.max_waiting)
@@ -253,13 +275,21 @@ class Page:
         said = gr.Button(interactive=bool(turns))
         return turns, None, *self.all_shown(turns, language), opened, gr.Button(interactive=True), said
 
+    def _unchanged(self) -> Any:
+        return [gr.skip()] * (len(self.chats) + 5)
+
     def reset(self) -> Any:
         """Begin anew."""
         return (), *([] for _ in self.chats), gr.Row(visible=True), gr.Button(interactive=False)
 
-    def download(self, turns: tuple[Turn, ...], system: str) -> Any:
+    def download(self, turns: tuple[Turn, ...], system: str, request: gr.Request) -> Any:
         """The conversation as a file."""
-        return gr.DownloadButton(value=write_conversation(turns, self.seats, system or None))
+        path = self.downloads.write(str(request.session_hash), turns, self.seats, system or None)
+        return gr.DownloadButton(value=path)
+
+    def left(self, request: gr.Request) -> None:
+        """A page was closed."""
+        self.downloads.remove(str(request.session_hash))
 
     def filler(self, key: str | None = None, picture: Path | None = None) -> Callable[..., Any]:
         """A function that puts an example into the box, beside what is there."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from mmft.chat.context import grouped
@@ -25,6 +26,7 @@ from mmft.types import Conversation, Message, Text
 
 log = logging.getLogger("mmft")
 MAX_CHARACTERS = 200_000  # of a question or a system text; tokenizing more would hold up everybody
+MAX_TITLE = 60  # characters, of what a tool gave
 # Between `<` and a letter, `&` and a letter, there is no tag and no entity. Unlike an escaped text it can be edited.
 JOINER = "\u2060"
 
@@ -186,9 +188,11 @@ def _said(text: str) -> dict[str, Any]:
 
 
 def _used(use: ToolUse) -> dict[str, Any]:
-    """A block that folds: the tool's name, what it was called with, what it gave."""
+    """A block that folds: the tool's name and how its result begins, then what it was called with and what it gave."""
     arguments = "\n".join(f"{key}: {value}" for key, value in use.call.arguments.items())
-    return {**_said(f"{arguments}\n→ {use.result}".lstrip("\n")), "metadata": {"title": f"⚙ {_inert(use.call.name)}"}}
+    result = shorten(use.result, MAX_TITLE, placeholder=" …") or "…"
+    title = f"{'⚠' if use.failed else '⚙'} {use.call.name} → {result}"
+    return {**_said(f"{arguments}\n→ {use.result}".lstrip("\n")), "metadata": {"title": _inert(title)}}
 
 
 def _text(text: str) -> dict[str, str]:

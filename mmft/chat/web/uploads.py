@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 PICTURES = 100  # of the largest size allowed
+SAVED = "saved"  # the folder in it of what visitors take along, which has a bound of its own
 SMALLEST = 4096  # bytes; an empty file takes a place too
 
 
 def stored(folder: Path) -> int:
-    """Bytes of all files in a folder. Those that vanish meanwhile count nothing."""
+    """Bytes of all files in a folder but those of `SAVED` in it. Those that vanish meanwhile count nothing."""
     total = 0
-    for inner, _, names in os.walk(folder):
+    for inner, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != SAVED]
         for name in names:
             with suppress(OSError):
                 total += max((Path(inner) / name).stat().st_size, SMALLEST)
