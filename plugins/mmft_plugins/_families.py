@@ -12,7 +12,7 @@ from typing import Literal
 from mmft.errors import DataError
 from mmft.types import Conversation, Message, Role, Segment, Text
 from mmft_plugins._tools import TOOLS_AFTER, TOOLS_BEFORE, markup, tool_block, tool_calls, tool_result
-from mmft_plugins.templates import content, refuse_tools, stripped
+from mmft_plugins.templates import content, stripped
 
 Around = tuple[str, str]
 THOUGHT_END = "</think>\n\n"
@@ -44,8 +44,6 @@ class Family:
     tool: Around | None = None
     hermes: Around | None = None
     thinks: bool = False  # an answer may begin with a block of thoughts, which no line break parts from a call
-    own_tools: bool = False  # the model's own template knows tools, though this row does not
-    end_opens_user: bool = False  # the token that ends an answer is the one that begins the next question
 
 
 def qwen(name: str, system: str | None, *, tools: bool = True) -> Family:
@@ -90,14 +88,12 @@ def render_family(
         if message.role == "assistant":
             gap = not form.thinks or not message.text.endswith(THOUGHT_END)
             answer = [*body, *tool_calls(message, gap=gap)]
-            segments += _answer(form, answer, message, messages[index + 1 : index + 2])
+            segments += _answer(form, answer, message.is_trained)
             continue
         if index == 0 and form.hermes and conversation.tools:
             space = markup("\n\n") if message.parts else []
             body += [*space, *tool_block(conversation.tools, *form.hermes)]
         before, after = _around(form, message.role)
-        if form.end_opens_user and message.role == "user" and index and messages[index - 1].role == "assistant":
-            before = before.removeprefix(form.end)
         segments += [*markup(before), *body, *markup(after)]
     return segments + markup(form.prompt if generation_prompt else form.close)
 
@@ -105,11 +101,9 @@ def render_family(
 def _refuse_tools(form: Family, conversation: Conversation) -> None:
     """Raise `DataError` where the conversation has tools, calls or tool output, and say what works.
 
-    DeepSeek V3's own template writes calls, but not what tools there are; GLM-4's looks for them inside a message,
-    where transformers puts none; InternLM's, Gemma's, Phi's and the others' know nothing of tools.
+    DeepSeek V3's own template writes calls, but not what tools there are, and no model card says where they go;
+    Gemma's, Phi's and the others' know nothing of tools.
     """
-    if form.own_tools:
-        refuse_tools(form.name, conversation)
     if conversation.tools or any(message.tool_calls or message.role == "tool" for message in conversation.messages):
         raise DataError(
             f"chat template {form.name!r} has no form for tools, and the conversation has them; its model's own "
@@ -118,14 +112,12 @@ def _refuse_tools(form: Family, conversation: Conversation) -> None:
         )
 
 
-def _answer(form: Family, body: Sequence[Segment], message: Message, following: Sequence[Message]) -> list[Segment]:
-    loss = message.is_trained
-    ends = not form.end_opens_user or (not following and loss) or any(m.role == "user" for m in following)
+def _answer(form: Family, body: Sequence[Segment], loss: bool) -> list[Segment]:
     return [
         *markup(form.prompt),
         *markup(form.lead, loss),
         *body,
-        *(markup(form.end, loss) if ends else []),
+        *markup(form.end, loss),
         *markup(form.after),
     ]
 

@@ -3,9 +3,10 @@
 `tests/oracle/test_family_templates.py` compares them. Where a model's own template cannot take a conversation (a system
 text in Gemma 2 or Mistral v1, which know none), ours puts it before the first question, as their successors do.
 
-Two kinds rewrite earlier turns once others follow: Qwen3 takes thoughts out of the history, and Mistral v2, v3 and Nemo
-move the system text to the last question. What an earlier answer was given is then no longer what inference shows, so
-of such a conversation only the last answer is trained; `rewrites_history` makes a run say so.
+Three kinds rewrite earlier turns once others follow: Qwen3 takes thoughts out of the history, Mistral v2, v3 and Nemo
+move the system text to the last question, and Command R asks for the use of tools after everything. What an earlier
+answer was given is then no longer what inference shows, so of such a conversation only the last answer is trained;
+`rewrites_history` makes a run say so.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,29 @@ from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import ChatTemplate, RenderFn
 from mmft.types import Conversation, Message, Text
-from mmft_plugins._calls import HERMES, LLAMA_MARKS, MISTRAL, Read, read_hermes, read_llama, read_mistral
+from mmft_plugins._calls import (
+    COHERE,
+    DEEPSEEK,
+    DEEPSEEK_CALL,
+    HERMES,
+    INTERNLM,
+    LLAMA_MARKS,
+    MISTRAL,
+    Read,
+    read_command_r,
+    read_deepseek,
+    read_glm,
+    read_hermes,
+    read_internlm,
+    read_llama,
+    read_mistral,
+)
+from mmft_plugins._cohere import render_command_r
+from mmft_plugins._deepseek import END as DEEPSEEK_END
+from mmft_plugins._deepseek import prepare_deepseek, render_deepseek
 from mmft_plugins._families import Family, qwen, render_family
+from mmft_plugins._glm import render_glm
+from mmft_plugins._internlm import render_internlm
 from mmft_plugins._mistral import render_mistral
 from mmft_plugins._tools import as_json
 from mmft_plugins.templates import stripped
@@ -86,18 +108,6 @@ DEEPSEEK_V3 = Family(
     prompt="<｜Assistant｜>",
     end="<｜end▁of▁sentence｜>",
 )
-# GLM-4 writes nothing after an answer: the token that opens the next question is what ends it, and what it stops at.
-GLM4 = Family(
-    name="glm4",
-    bos="[gMASK]<sop>",
-    system=("<|system|>\n", ""),
-    user=("<|user|>\n", ""),
-    prompt="<|assistant|>",
-    lead="\n",
-    end="<|user|>",
-    end_opens_user=True,
-    skips_empty=("system", "user"),
-)
 COMMAND_R = Family(
     name="command_r",
     bos="<BOS_TOKEN>",
@@ -106,7 +116,6 @@ COMMAND_R = Family(
     prompt="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
     end="<|END_OF_TURN_TOKEN|>",
     strips=("user", "assistant"),
-    own_tools=True,  # a second jinja, `tool_use`
 )
 GRANITE_BEFORE = (
     "You are a helpful assistant with access to the following tools. You may call one or more tools to assist with "
@@ -215,14 +224,6 @@ def _thought_and_answer(text: str) -> tuple[str, str]:
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
 
 
-def prepare_deepseek(conversation: Conversation) -> Conversation:
-    """DeepSeek V3 writes all system texts before everything, an empty line between them."""
-    texts = [message.text for message in conversation.messages if message.role == "system"]
-    rest = tuple(message for message in conversation.messages if message.role != "system")
-    head = (Message("system", (Text("\n\n".join(texts)),)),) if texts else ()
-    return replace(conversation, messages=(*head, *rest))
-
-
 def _offer(
     form: Family,
     model: str,
@@ -257,6 +258,39 @@ def _mistral(form: Family, model: str, space: str = " ") -> ChatTemplate:
     return _offer(form, model, rewrites=True, with_tools=render, reader=(read_mistral, (MISTRAL,)))
 
 
+def _internlm(form: Family, model: str) -> ChatTemplate:
+    return _offer(form, model, with_tools=partial(render_internlm, form), reader=(read_internlm, (INTERNLM,)))
+
+
+def _command_r(form: Family, model: str) -> ChatTemplate:
+    render = partial(render_command_r, form)
+    return _offer(form, model, rewrites=True, with_tools=render, reader=(read_command_r, (COHERE,)))
+
+
+def _glm4() -> ChatTemplate:
+    return ChatTemplate(
+        name="glm4",
+        render=render_glm,
+        stop=("<|user|>", "<|observation|>", "<|endoftext|>"),
+        supports_tools=True,
+        source=HUB.format("THUDM/glm-4-9b-chat-hf"),
+        read_calls=read_glm,
+        call_marks=("",),  # a call begins with a name, as any word might: nothing is shown before an answer is whole
+    )
+
+
+def _deepseek_v3_1() -> ChatTemplate:
+    return ChatTemplate(
+        name="deepseek_v3_1",
+        render=render_deepseek,
+        stop=(DEEPSEEK_END,),
+        supports_tools=True,
+        source=HUB.format("deepseek-ai/DeepSeek-V3.1") + ", without thoughts; tools as in its README.md",
+        read_calls=read_deepseek,
+        call_marks=(DEEPSEEK, DEEPSEEK_CALL),
+    )
+
+
 @hookimpl
 def mmft_chat_templates() -> list[ChatTemplate]:
     """The formats of current families."""
@@ -266,8 +300,8 @@ def mmft_chat_templates() -> list[ChatTemplate]:
         _offer(QWEN3, "Qwen/Qwen3-8B", prepare=prepare_qwen3, rewrites=True),
         _offer(SMOLLM, "HuggingFaceTB/SmolLM2-135M-Instruct"),
         _offer(YI, "01-ai/Yi-1.5-9B-Chat"),
-        _offer(INTERNLM2_5, "internlm/internlm2_5-7b-chat"),
-        _offer(INTERNLM3, "internlm/internlm3-8b-instruct"),
+        _internlm(INTERNLM2_5, "internlm/internlm2_5-7b-chat"),
+        _internlm(INTERNLM3, "internlm/internlm3-8b-instruct"),
         _llama(LLAMA3_1, "meta-llama/Llama-3.1-8B-Instruct"),
         _llama(LLAMA3_2, "meta-llama/Llama-3.2-3B-Instruct"),
         _offer(MISTRAL_V1, "mistralai/Mistral-7B-Instruct-v0.2"),
@@ -279,7 +313,8 @@ def mmft_chat_templates() -> list[ChatTemplate]:
         _offer(PHI3, "microsoft/Phi-3.5-mini-instruct", stop=("<|end|>", "<|endoftext|>")),
         _offer(PHI4, "microsoft/phi-4"),
         _offer(DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3", prepare=prepare_deepseek),
-        _offer(GLM4, "THUDM/glm-4-9b-chat-hf", stop=("<|user|>", "<|observation|>", "<|endoftext|>")),
-        _offer(COMMAND_R, "CohereForAI/c4ai-command-r-plus"),
+        _deepseek_v3_1(),
+        _glm4(),
+        _command_r(COMMAND_R, "CohereForAI/c4ai-command-r-plus"),
         _offer(GRANITE, "ibm-granite/granite-4.0-micro"),
     ]

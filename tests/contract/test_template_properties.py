@@ -28,22 +28,34 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WRITTEN = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?\w+\]")  # how formats spell their control tokens
 TOOL = {"type": "function", "function": {"name": "search", "description": "", "parameters": {"type": "object"}}}
 SECRET = "T00L-0UTPUT"
+CALLED = Conversation(
+    (
+        Message("user", (Text("Q"),)),
+        Message("assistant", (), (ToolCall("search", {}, "abcdefghi"),)),
+        Message("tool", (Text(SECRET),), call_id="abcdefghi"),
+    ),
+    tools=(TOOL,),
+)
 LEADS = ("moss_sft", "qwen3")  # the model writes a mark, or its empty thoughts, before the answer
-ONE_CALL = ("llama3_1", "llama3_2")  # their models write one call a turn
+ONE_CALL = ("llama3_1", "llama3_2", "glm4")  # their models write one call a turn
 
 
 def written_tokens() -> tuple[str, ...]:
-    """Every control token that a template writes, found in what it renders, and GLM's that looks like a word."""
+    """Every control token that a template writes, found in what it renders, and GLM's that looks like a word.
+
+    Less the tags of thoughts, which Qwen3 and DeepSeek V3.1 look for in what an answer says.
+    """
     markup = [
         str(segment.content)
         for spec in PLUGINS.chat_templates
         if spec.name != "auto"
-        for segment in spec.render(suited(spec.name, BATTERY[1]), generation_prompt=True)
+        for talk in (suited(spec.name, BATTERY[1]), *((CALLED,) if spec.supports_tools else ()))
+        for segment in spec.render(talk, generation_prompt=True)
         if segment.markup
     ]
     found = {token for text in markup for token in WRITTEN.findall(text)}
     stops = {stop for spec in PLUGINS.chat_templates for stop in spec.stop if WRITTEN.fullmatch(stop)}
-    return tuple(sorted({*found, *stops, *CHATML_TOKENS, "<s>", "</s>", "sop"}))
+    return tuple(sorted({*found, *stops, *CHATML_TOKENS, "<s>", "</s>", "sop"} - {"<think>", "</think>"}))
 
 
 def suited(name: str, conversation: Conversation) -> Conversation:

@@ -29,7 +29,7 @@ PLUGINS = load_plugins()
 READING = [template for template in PLUGINS.chat_templates if template.read_calls]
 SCHEMA = {"type": "function", "function": {"name": "search", "description": "D", "parameters": {"type": "object"}}}
 # One call a turn and no text beside it; ids of nine letters, and no text beside calls.
-ALONE, WITH_IDS = ("llama3_1", "llama3_2"), ("mistral_v2", "mistral_v3", "mistral_nemo")
+ALONE, WITH_IDS = ("llama3_1", "llama3_2", "glm4"), ("mistral_v2", "mistral_v3", "mistral_nemo")
 OWN = {  # file in the oracle's folder: control tokens, BOS, EOS
     "qwen2_5": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),
     "qwen3": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from chat_models import make_assistant
+from transformers import AutoConfig
 
 from mmft.data.tokenize import tokenize
 from mmft.inference import Assistant
@@ -25,7 +26,11 @@ CONTROL = (
     "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
     "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|end_of_text|>", "<|start_of_role|>",
     "<|end_of_role|>", "<|Human|>", "<|Inner Thoughts|>", "<|Commands|>", "<|MOSS|>", "<|Results|>", "<eoh>", "<eot>",
-    "<eoc>", "<eor>", "<eom>",
+    "<eoc>", "<eor>", "<eom>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "[gMASK]", "<sop>", "<|system|>",
+    "<|user|>", "<|assistant|>", "<|observation|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>",
+    "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>", "</think>", "<BOS_TOKEN>",
+    "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
 )  # fmt: skip
 
 
@@ -46,8 +51,9 @@ def calculates(expression: str, call_id: str | None = None) -> ToolCall:
 
 
 def make_caller(folder: Path) -> Assistant:
-    """A tiny Llama with the control tokens of every family, and the template `chatml`."""
+    """A tiny Llama with the control tokens of every family and room for their preambles, and the template `chatml`."""
     llm = tiny_llm(folder / "llm", special=CONTROL, bos="<s>", eos="</s>", pad="<|endoftext|>")
+    AutoConfig.from_pretrained(llm, max_position_embeddings=4096).save_pretrained(llm)
     return make_assistant(folder, sees=False, llm=llm)
 
 
