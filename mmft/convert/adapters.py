@@ -11,13 +11,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmft.convert.parity import PARITY, Outcome, Report, proved, settle, tolerance_for, unverified
+from mmft.convert.probes import probes
+from mmft.data.proof_cases import as_messages
 from mmft.errors import CheckpointError, ModelError
 from mmft.inference import PRECISIONS
 from mmft.modeling.build import LLM_FOLDER
 from mmft.modeling.checkpoint import MANIFEST
+from mmft.types import Conversation
 
 INDEX = "model.safetensors.index.json"
-TEXT = "What is the capital of France? 1 2 3 — 你好"
+POSITIONS = 32  # the last of each text that are compared: whole, a long one is a gigabyte where the vocabulary is large
+Probes = list[tuple[str, Conversation]]
+Asked = dict[str, dict[str, Tensor]]  # what a model is given, by the name of the probe
 
 
 def merge_adapter(
@@ -34,19 +39,19 @@ def merge_adapter(
 ) -> Report:
     """Merge a PEFT adapter into a language model, or with `is_clip` into a vision encoder, and save it with its files.
 
-    Compared before and after on a text or a picture. Raises `CheckpointError` for an adapter that does not fit, or
-    that changes nothing.
+    Compared before and after on the texts of the probe set, or its pictures. Raises `CheckpointError` for an adapter
+    that does not fit, or that changes nothing.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} is no PEFT adapter: it has no adapter_config.json")
     load = partial(_load, is_clip=is_clip, device=device, trust_remote_code=trust_remote_code)
-    with proved(out, overwrite=overwrite, sources=(base, adapter)) as temporary:
+    with proved(out, overwrite=overwrite, sources=(base, adapter)) as temporary, probes(pictures=is_clip) as asked:
         model, files = load(base, dtype=PRECISIONS[dtype] if dtype else None)
-        inputs = _inputs(files, model, is_clip=is_clip)
+        inputs, left_out = _pictures(files, model, asked) if is_clip else _texts(files, model, asked)
         untouched = _outputs(model, inputs)
         adapted = _adapted(model, adapter, base)
         before = _outputs(adapted, inputs)
-        if torch.equal(untouched, before):
+        if all(torch.equal(untouched[name], before[name]) for name in before):
             raise CheckpointError(f"{adapter} changes nothing in {base}: its weights are those of an untrained adapter")
         try:
             merged: Any = adapted.merge_and_unload(safe_merge=True)
@@ -57,7 +62,7 @@ def merge_adapter(
         precision = next(merged.parameters()).dtype
         del adapted, merged, model
         again, _ = load(str(temporary), dtype=precision)
-        report = _compare(before, _outputs(again, inputs), precision)
+        report = _compare(before, _outputs(again, inputs), precision, left_out)
         settle(report, temporary, out)
     return report
 
@@ -189,28 +194,64 @@ def _load(
         raise ModelError(f"{path}: cannot load: {_line(error)}") from error
 
 
-def _inputs(files: Any, model: Any, *, is_clip: bool) -> dict[str, Tensor]:
-    if not is_clip:
-        ids: Tensor = files(TEXT, return_tensors="pt")["input_ids"]
-        return {"input_ids": ids.to(model.device)}
+def _texts(tokenizer: Any, model: Any, asked: Probes) -> tuple[Asked, dict[str, str]]:
+    """Each text as the tokenizer's chat template writes it, or plainly where it has none; why others are left out."""
+    from jinja2 import TemplateError
+
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    inputs, left_out = Asked(), {}
+    for name, conversation in asked:
+        try:
+            if tokenizer.chat_template:
+                options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+                ids = tokenizer.apply_chat_template(as_messages(conversation), **options)["input_ids"]
+            else:
+                text = "\n".join(message.text for message in conversation.messages)
+                ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        except TemplateError as error:
+            left_out[name] = f"the chat template has no form for it: {_line(error)}"
+            continue
+        if room is not None and ids.shape[1] > room:
+            left_out[name] = f"it takes {ids.shape[1]} tokens, and the model has positions for {room}"
+            continue
+        inputs[name] = {"input_ids": ids.to(model.device)}
+    if not inputs:
+        raise ModelError(f"no text could be asked, so nothing would be proved: {next(iter(left_out.values()))}")
+    return inputs, left_out
+
+
+def _pictures(processor: Any, model: Any, asked: Probes) -> tuple[Asked, dict[str, str]]:
+    """The pictures of each probe that has some, several in one batch."""
     from PIL import Image
 
-    pixels: Tensor = files(images=Image.linear_gradient("L").convert("RGB"), return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels.to(model.device, model.dtype)}
+    inputs = Asked()
+    for name, conversation in asked:
+        if pictures := [Image.open(image.source).convert("RGB") for image in conversation.images]:
+            pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            inputs[name] = {"pixel_values": pixels.to(model.device, model.dtype)}
+    return inputs, {}
 
 
 @torch.no_grad()
-def _outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """float32[T, V]: logits, or an encoder's last hidden state."""
-    result: Tensor = model(**inputs)[0]
-    return result[0].float().cpu()
+def _outputs(model: Any, asked: Asked) -> dict[str, Tensor]:
+    """float32[rows, V]: the logits at the last positions of a text, or an encoder's last hidden state."""
+    found = {}
+    for name, inputs in asked.items():
+        result: Tensor = model(**inputs)[0]
+        rows = result.flatten(0, 1)
+        found[name] = (rows[-POSITIONS:] if "input_ids" in inputs else rows).float().cpu()
+    return found
 
 
-def _compare(before: Tensor, after: Tensor, dtype: torch.dtype) -> Report:
-    difference, size = (after - before).abs(), float((before - before.mean(1, keepdim=True)).square().mean().sqrt())
-    relative = float(difference.square().mean().sqrt()) / max(size, 1e-12)
-    same = bool((before.argmax(1) == after.argmax(1)).all())
-    outcome = Outcome("one input", True, 0.0, float(difference.max()), relative, 0, same, "")
-    tolerance = tolerance_for(dtype, "none")
-    refusal = "" if relative <= tolerance else f"the outputs differ by {relative:.2g} of their size"
-    return Report(not refusal, str(dtype).removeprefix("torch."), tolerance, (outcome,), refusal)
+def _compare(
+    before: dict[str, Tensor], after: dict[str, Tensor], dtype: torch.dtype, left_out: dict[str, str]
+) -> Report:
+    outcomes, refusal, tolerance = [], "", tolerance_for(dtype, "none")
+    for name, ours in before.items():
+        difference, size = (after[name] - ours).abs(), float((ours - ours.mean(1, keepdim=True)).square().mean().sqrt())
+        relative = float(difference.square().mean().sqrt()) / max(size, 1e-12)
+        same = bool((ours.argmax(1) == after[name].argmax(1)).all())
+        outcomes.append(Outcome(name, True, 0.0, float(difference.max()), relative, 0, same, ""))
+        if not relative <= tolerance and not refusal:  # not `>`: a NaN is no parity either
+            refusal = f"{name}: the outputs differ by {relative:.2g} of their size; {tolerance:g} is allowed"
+    return Report(not refusal, str(dtype).removeprefix("torch."), tolerance, tuple(outcomes), refusal, left_out)

@@ -7,76 +7,55 @@ shard. A model that was trained in 4 or 8 bit is merged onto its dequantised wei
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import save_file
 
 from mmft.config import Use
 from mmft.convert.chat_jinja import Proved, jinja_of
-from mmft.convert.parity import Report, ask_source, compare, free, probes, proved, settle, tolerance_for
-from mmft.convert.parts import Parts, load_parts
+from mmft.convert.gate import Asked, Options, convert
+from mmft.convert.parity import Report, free
+from mmft.convert.parts import Parts
 from mmft.convert.results import OurResult, TransformersResult, load_trained
 from mmft.errors import ModelError
 from mmft.hub import named_from
 from mmft.inference import PRECISIONS
 from mmft.modeling.build import LLM_FOLDER, PROJECTOR, VISION_WEIGHTS
-from mmft.modeling.checkpoint import MANIFEST, file_hashes, read_manifest
+from mmft.modeling.checkpoint import MANIFEST, as_trained, file_hashes, read_manifest
 from mmft.plugins import Plugins
-from mmft.types import Conversation
 
 NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 TOKENIZER = "tokenizer"
 
 
-def merge(
-    folder: Path,
-    out: Path,
-    plugins: Plugins,
-    *,
-    dtype: str | None = None,
-    device: torch.device,
-    max_shard_size: str = "2GB",
-    llm: str | None = None,
-    overwrite: bool = False,
-) -> Report:
+def merge(folder: Path, out: Path, plugins: Plugins, **options: Unpack[Options]) -> Report:
     """Merge the model folder `folder` into `out`, and prove it: probes through both, in the same dtype.
 
     Raises `ParityError` where they differ; `out` is then not written.
     """
-    manifest = read_manifest(folder)
-    precision = dtype or manifest.precision
-    sees = manifest.model.vision is not None
-    with proved(out, overwrite=overwrite, sources=(folder, llm)) as temporary, probes(pictures=sees) as asked:
-        source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
-        answers = ask_source(OurResult(source), asked)
-        del source
-        free()
-        parts = load_parts(folder, plugins, dtype=precision, device=device, llm=llm)
-        _write(temporary, folder, parts, max_shard_size)
-        del parts
-        free()
-        result = load_trained(temporary, plugins, device=device, precision=precision)
-        quantization = manifest.model.llm.quantization
-        tolerance = tolerance_for(PRECISIONS[precision], quantization)
-        report = compare(
-            answers, OurResult(result), result.shape.tokenizer, dtype=PRECISIONS[precision], tolerance=tolerance
-        )
-        tokenizer = result.shape.tokenizer
-        del result
-        free()
-        if report.verified and (temporary / LLM_FOLDER / "chat_template.jinja").is_file():
-            texts = [answer for answer in answers if not _pictures(answer.conversation)]
-            plain = TransformersResult(temporary / LLM_FOLDER, sees=False, dtype=PRECISIONS[precision], device=device)
-            alone = compare(texts, plain, tokenizer, dtype=PRECISIONS[precision], tolerance=tolerance)
-            report = alone if not alone.verified else report
-        settle(report, temporary, out)
-    return report
+
+    plugins = as_trained(folder, read_manifest(folder, verify=False), plugins)  # said once, for folder and result
+
+    def write(parts: Parts, place: Path, max_shard_size: str) -> str:
+        _write(place, folder, parts, max_shard_size)
+        return ""
+
+    return convert(folder, out, plugins, write, partial(_judge, plugins=plugins), **options)
 
 
-def _pictures(conversation: Conversation) -> bool:
-    return bool(conversation.images)
+def _judge(asked: Asked, place: Path, *, plugins: Plugins) -> Report:
+    """The folder as mmft opens it, and its llm/ alone on the texts, where that has a chat template."""
+    report = asked.compare(OurResult(load_trained(place, plugins, device=asked.device, precision=asked.precision)))
+    free()
+    if not report.verified or not (place / LLM_FOLDER / "chat_template.jinja").is_file():
+        return report
+    alone = asked.compare(
+        TransformersResult(place / LLM_FOLDER, sees=False, dtype=asked.dtype, device=asked.device), texts=True
+    )
+    return report if alone.verified else alone
 
 
 def _write(temporary: Path, folder: Path, parts: Parts, max_shard_size: str) -> None:

@@ -1,6 +1,6 @@
 """The parity gate: what a conversion gives is run beside the model it came from, before it is called done.
 
-Probes are texts and pictures made here. The source writes a greedy answer to each; then both read prompt and answer,
+The probes are those of `probes`. The source writes a greedy answer to each; then both read prompt and answer,
 and their logits are compared wherever a token of the answer was chosen. Comparing along the source's answer keeps one
 near-tie from turning into two different texts, so the numbers measure the weights and nothing else.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -23,31 +22,19 @@ from mmft.convert.place import PARITY as PARITY
 from mmft.convert.place import refuse_out
 from mmft.data.tokenize import Tokenizer
 from mmft.errors import ConfigError, DataError, MmftError, ModelError
-from mmft.inference import user_message
 from mmft.modeling.checkpoint import MANIFEST, or_nothing, publish
-from mmft.types import Conversation, Message, Text
+from mmft.types import Conversation
 
 MAX_NEW_TOKENS = 12
 # Root mean square of the logits' difference over that of the logits themselves (less their mean). In float32 measured
 # on tiny random models of six families: 2.4e-6. In bfloat16 the arithmetic alone moves a trained model of 30 layers by
-# up to 0.107 (the demo, asked in float32 and in bfloat16; merged or not: 0.071); float16 has eight times finer steps,
-# so its bound follows from that and is not measured.
+# up to 0.108 (the demo, asked in float32 and in bfloat16; merged or not: 0.071), in float16 by 0.0078 (merged or not:
+# 0.020, as the probe of white space has it; its merged weights are those of float32 to the last bit of float16). Tiny
+# random models of four families: 0.033 and 0.0036, merged or not 0.028 and 0.0049 (docs/benchmarks.md).
 # What must fail, on the demo: no adapter 0.5 to 2.5, the encoder's layer before 0.46 to 0.68, an adapter at 0.9 of its
 # size 0.09 to 0.35. A single matrix without its adapter, 0.03 to 0.1, shows in float32 alone.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.15}
 INT8_TOLERANCE = 0.15  # LLM.int8() rounds the activations too, which no plain model does
-
-PROBES: tuple[tuple[str, int, tuple[str, ...]], ...] = (  # name, pictures before the first question, turns
-    ("a question", 0, ("What is the capital of France?",)),
-    ("two turns", 0, ("Name a colour.", "Red.", "And another one?")),
-    ("unicode", 0, ("用一句话介绍你自己。 ✓ «Ünïcödé»",)),
-    ("code", 0, ("def add(a, b):\n    return a + b\n\nWhat does this do?",)),
-    ("white space", 0, ("  List three fruits.\n\n",)),
-    ("a picture", 1, ("What is it?",)),
-    ("a tall picture", 1, ("Describe the picture in one sentence.",)),
-    ("two pictures", 2, ("Compare the two.",)),
-    ("a picture, then text", 1, ("What colour is it?", "It is red.", "Are you sure?")),
-)
 
 
 class ParityError(MmftError):
@@ -121,39 +108,6 @@ class Result(Protocol):
     def greedy(self, conversation: Conversation, max_new_tokens: int) -> list[int]:
         """Its own greedy answer."""
         ...
-
-
-@contextmanager
-def probes(*, pictures: bool) -> Iterator[list[tuple[str, Conversation]]]:
-    """The probe set, its pictures drawn into a folder that is gone afterwards."""
-    with TemporaryDirectory() as folder:
-        yield [
-            (name, _conversation(turns, [_draw(Path(folder), name, k) for k in range(count)]))
-            for name, count, turns in PROBES
-            if pictures or count == 0
-        ]
-
-
-def _conversation(turns: Sequence[str], pictures: Sequence[Path]) -> Conversation:
-    messages = [user_message(turns[0], pictures)]
-    for k, turn in enumerate(turns[1:]):
-        messages.append(user_message(turn) if k % 2 else Message("assistant", (Text(turn),)))
-    return Conversation(tuple(messages))
-
-
-def _draw(folder: Path, name: str, number: int) -> Path:
-    """A picture with edges, smooth parts and three different channels, of a shape that depends on its name."""
-    from PIL import Image, ImageDraw
-
-    width, height = {0: (217, 160), 1: (160, 243)}[(len(name) + number) % 2]
-    ramp = Image.linear_gradient("L").resize((width, height))
-    image = Image.merge("RGB", (ramp, ramp.rotate(90).resize((width, height)), ramp.rotate(180)))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((width // 5, height // 5, width * 4 // 5, height // 2), fill=(220, 30 + 90 * number, 30))
-    draw.line((0, height, width, height // 3), fill=(10, 60, 200), width=7)
-    path = folder / f"{name.replace(' ', '_').replace(',', '')}-{number}.png"
-    image.save(path)
-    return path
 
 
 def ask_source(source: Result, asked: Sequence[tuple[str, Conversation]]) -> list[Answer | LeftOut]:

@@ -21,7 +21,7 @@ from mmft.errors import ModelError
 from mmft.hub import encoder_options
 from mmft.inference import PRECISIONS
 from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS, load_exactly
-from mmft.modeling.checkpoint import Manifest, read_manifest
+from mmft.modeling.checkpoint import Manifest, as_trained, read_manifest
 from mmft.modeling.llm import base_token_ids, load_llm, quantized_layers
 from mmft.modeling.lora import add_lora
 from mmft.plugins import Plugins
@@ -64,6 +64,7 @@ def load_parts(
     `llm` is where the base model is now. Raises `CheckpointError` for a damaged folder, `ModelError` without a base.
     """
     manifest = read_manifest(folder)
+    plugins = as_trained(folder, manifest, plugins)
     model = manifest.model
     if llm is not None:
         model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": llm})})
@@ -88,13 +89,13 @@ def load_parts(
 def merged_llm(model: Model, folder: Path, *, trained_in: torch.dtype, dtype: torch.dtype, device: torch.device) -> Any:
     """The language model of a folder as transformers has it, in `dtype`. `trained_in` is what a quantised one used.
 
-    A quantised one is unpacked in the wider of the two: what is asked for in float32 is compared with the trained model
-    in float32, whose packed weights then are unpacked so too.
+    A quantised one is packed from the base in `dtype`, as the trained model is that it is compared with, or in float32
+    where it was trained so. From the base in a third dtype some weights would fall into other bins.
     """
     own = folder / LLM_FOLDER if (folder / LLM_FOLDER).is_dir() else None
     as_base = model.llm.model_copy(update={"trainable": False})
     quantized = model.llm.quantization != "none"
-    unpacked = torch.promote_types(trained_in, dtype) if quantized else dtype
+    unpacked = torch.float32 if quantized and trained_in == torch.float32 else dtype
     llm = load_llm(as_base, dtype=unpacked, device=device, path=own, hub=model.hub)
     dequantize(llm, dtype)
     if model.llm.lora:
@@ -128,7 +129,7 @@ def _merged_vision(model: Model, plugins: Plugins, folder: Path) -> Any:
     """The encoder in float32, with what was trained of it."""
     assert model.vision is not None
     encoder: Any = plugins.vision_encoders.get(model.vision.encoder.name).build(
-        **encoder_options(model.vision.encoder, model.hub)
+        **encoder_options(model.vision.encoder, plugins, model.hub)
     )
     encoder.requires_grad_(False)
     if (folder / VISION_WEIGHTS).is_file():

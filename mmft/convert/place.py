@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mmft.errors import CheckpointError, MmftError
+from mmft.hub import encoder_path
 from mmft.modeling.build import ADAPTER, PROJECTOR
 from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
 
@@ -52,8 +53,7 @@ def _read_too(sources: Iterable[Path | str | None]) -> Iterator[Path]:
             model = read_manifest(Path(source), verify=False).model
         except MmftError:
             continue  # whoever reads it says what is wrong
-        encoder = model.vision.encoder.options.get("path") if model.vision else None
-        parts = (Path(str(part)) for part in (model.llm.path, encoder) if part)
+        parts = (Path(part) for part in (model.llm.path, encoder_path(model)) if part)
         yield from (part for part in parts if part.expanduser().exists() and part.resolve() != Path(source).resolve())
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from mmft.convert.hf.classes import REMOTE_CODE, remote_code
+from mmft.convert.parity import MAX_NEW_TOKENS
 from mmft.convert.parts import stop_ids
 from mmft.data.proof_cases import as_messages
 from mmft.data.records import bound_template, is_unbound
 from mmft.data.shape import describe_model
+from mmft.errors import DataError
 from mmft.images import open_image
 from mmft.inference import Assistant, load_assistant
 from mmft.modeling.attention import for_generation
-from mmft.modeling.checkpoint import read_manifest
+from mmft.modeling.checkpoint import as_trained, read_manifest
 from mmft.plugins import Plugins
 from mmft.types import Conversation, Image
 
@@ -97,6 +99,7 @@ def load_trained(
     Raises as `load_assistant`.
     """
     manifest = read_manifest(folder)
+    plugins = as_trained(folder, manifest, plugins)
     model = manifest.model
     if llm is not None:
         model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": llm})})
@@ -115,8 +118,11 @@ class OurResult:
         self._stop = stop_ids(assistant.template, assistant.shape)
 
     def inputs(self, conversation: Conversation) -> tuple[list[int], Tensor | None]:
-        """See `Result`. Raises `DataError` where the template has no form for the conversation."""
+        """See `Result`. Raises `DataError` for a conversation the template has no form, or the model no room for."""
         prompt = self.assistant.prompt(conversation)
+        room = self.assistant.max_context
+        if room is not None and len(prompt) + MAX_NEW_TOKENS > room:
+            raise DataError(f"it takes {len(prompt)} tokens, and the model has positions for {room}")
         vision = self.assistant.shape.vision
         if not prompt.images or vision is None:
             return prompt.input_ids.tolist(), None

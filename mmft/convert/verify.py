@@ -6,22 +6,12 @@ from pathlib import Path
 
 import torch
 
+from mmft.convert.gate import asked_model
 from mmft.convert.hf.classes import REMOTE_CODE
 from mmft.convert.hf.llava import REMOTE_NOTE
-from mmft.convert.parity import (
-    PARITY,
-    ParityError,
-    Report,
-    Result,
-    ask_source,
-    compare,
-    free,
-    probes,
-    tolerance_for,
-    write_report,
-)
+from mmft.convert.parity import PARITY, ParityError, Report, Result, write_report
 from mmft.convert.place import is_trained
-from mmft.convert.results import OurResult, TransformersResult, load_trained
+from mmft.convert.results import OurResult, TransformersResult
 from mmft.errors import CheckpointError, ModelError
 from mmft.inference import PRECISIONS, load_assistant
 from mmft.modeling.checkpoint import MANIFEST, read_manifest
@@ -45,25 +35,17 @@ def verify(out: Path, folder: Path, plugins: Plugins, *, device: torch.device, l
 
         return verify_gguf(out, folder, plugins, device=device, llm=llm)
     precision = _precision(out)
-    manifest = read_manifest(folder)
-    sees = manifest.model.vision is not None
+    sees = read_manifest(folder).model.vision is not None
     if sees != _sees(out):
         one, other = (folder, out) if sees else (out, folder)
         raise CheckpointError(f"{one} sees pictures and {other} does not: {out} was not made of {folder}")
-    with probes(pictures=sees) as asked:
-        source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
-        tokenizer = source.shape.tokenizer
-        answers = ask_source(OurResult(source), asked)
-        del source
-        free()
-        dtype = PRECISIONS[precision]
+    with asked_model(folder, plugins, precision=precision, device=device, llm=llm) as asked:
         result: Result = (
             OurResult(load_assistant(out, plugins, device=device))
             if (out / MANIFEST).is_file()
-            else _opened(out, sees=sees, dtype=dtype, device=device)
+            else _opened(out, sees=sees, dtype=asked.dtype, device=device)
         )
-        tolerance = tolerance_for(dtype, manifest.model.llm.quantization)
-        report = compare(answers, result, tokenizer, dtype=dtype, tolerance=tolerance)
+        report = asked.compare(result)
     report = replace(report, note=REMOTE_NOTE if (out / REMOTE_CODE).is_file() else "")
     written = write_report(report, out, folder)
     if not report.verified:

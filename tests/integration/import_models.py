@@ -19,6 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mmft.inference import load_assistant
+from mmft.modeling.attention import for_generation
 from mmft.testing import CHATML, save_image_processor, tiny_tokenizer, tiny_vision
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -232,3 +234,14 @@ def save_pth(state, path: Path) -> Path:
     }
     torch.save(content, path)
     return path
+
+
+@torch.no_grad()
+def same_as(out: Path, plugins, language, vision, projector) -> None:
+    """The folder's model gives what XTuner's parts give."""
+    assistant = load_assistant(out, plugins, device=torch.device("cpu"), precision="fp32")
+    pixels, ids = torch.randn(2, 3, 28, 28), torch.arange(5, 25)[None]
+    theirs = projector(vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
+    assert torch.allclose(assistant.model.projector(assistant.model.vision(pixels)), theirs, atol=1e-5)
+    with for_generation(assistant.model.causal_lm):
+        assert torch.allclose(assistant.model.llm(ids).logits, language(ids).logits, atol=1e-5)

@@ -51,7 +51,7 @@ def test_llama_cpp_gives_the_trained_models_answers_about_pictures(name, plugins
     folder = trained(tmp_path, plugins, family=name, **PADDED)
     report = export(folder, tmp_path / "out", plugins, Wish("f16"))
     assert report.verified
-    assert len(report.outcomes) == 9
+    assert len(report.outcomes) == 11
     assert max(outcome.relative for outcome in report.outcomes) < TOLERANCE
     assert sum(outcome.flips for outcome in report.outcomes) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -90,7 +90,7 @@ def test_quantised_weights_of_a_model_that_sees_tell_both_sets_of_numbers(plugin
     assert report.verified and told["verified"] and told["proof"]["verified"]
     assert (told["dtype"], told["tolerance"]) == ("q4_0", 0.8)
     assert (told["proof"]["dtype"], told["proof"]["tolerance"]) == ("f16", 0.02)
-    assert len(told["outcomes"]) == len(told["proof"]["outcomes"]) == 9
+    assert len(told["outcomes"]) == len(told["proof"]["outcomes"]) == 11
     most = {
         name: max(one["relative"] for one in part["outcomes"])
         for name, part in (("q4_0", told), ("f16", told["proof"]))

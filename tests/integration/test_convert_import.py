@@ -59,7 +59,7 @@ def test_a_llava_hf_model_gives_here_what_it_gives_in_transformers(
     source = save_hf(model, tmp_path / "hf", spelling=spelling, shards=shards, kind=encoder, pads=tied)
     assert is_whole(source)
     lines = bring_whole(source, tmp_path / "out", plugins=plugins)
-    assert any(line.startswith("verified in float32 against transformers: 9 probes") for line in lines)
+    assert any(line.startswith("verified in float32 against transformers: 11 probes") for line in lines)
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["verified"]
     manifest = read_manifest(tmp_path / "out")
     assert manifest.model.vision.encoder.options["pad_to_square"] is tied

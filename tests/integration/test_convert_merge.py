@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mmft.convert.adapters import merge_adapter, split
 from mmft.convert.merge import merge
+from mmft.convert.probes import PROBES
 from mmft.errors import CheckpointError, ModelError
 from mmft.inference import load_assistant, user_message
 from mmft.testing import tiny_vision
@@ -92,7 +93,7 @@ def test_the_command_says_what_it_verified_and_fails_with_one_line(mmft, plugins
     folder = trained(tmp_path, plugins, encoder=None)
     result = mmft("convert", "merge", folder, tmp_path / "out", "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    assert "verified in float32: 5 probes, 5 with the same greedy answer" in result.stdout
+    assert "verified in float32: 7 probes, 7 with the same greedy answer" in result.stdout
     result = mmft("convert", "merge", folder, tmp_path / "out")
     assert result.returncode == 2
     assert "exists already" in result.stderr
@@ -108,6 +109,7 @@ def test_one_adapter_is_merged_into_one_base_as_in_xtuner(plugins, tmp_path):
     folder = trained(tmp_path, plugins)
     report = merge_adapter(str(tmp_path / "llm"), folder / "llm_adapter", tmp_path / "out", device=CPU)
     assert report.verified
+    assert [outcome.probe for outcome in report.outcomes] == [probe.name for probe in PROBES if not probe.pictures]
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("llm", "out"))
     assert not torch.equal(
         *(state["model.layers.0.self_attn.q_proj.weight"] for state in (before, after))
@@ -125,6 +127,7 @@ def test_an_encoders_adapter_is_merged_with_is_clip(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     report = merge_adapter(str(base), tmp_path / "adapter", tmp_path / "out", is_clip=True, device=CPU)
     assert report.verified
+    assert [outcome.probe for outcome in report.outcomes] == [probe.name for probe in PROBES if probe.pictures]
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 

@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from engine_runs import STEPS, config_for, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmft.cli import cli
 from mmft.config import override
+from mmft.convert.importing.files import read_deepspeed
 from mmft.data.sampler import StepSampler
 from mmft.errors import CheckpointError
+from mmft.inference import load_assistant
 from mmft.modeling.checkpoint import read_manifest
 from mmft.ranks import free_port
 from mmft.testing import tiny_llm, tiny_vision
@@ -240,6 +244,29 @@ def test_what_is_saved_are_whole_parts_that_need_no_engine(name, where, folder, 
         for key, tensor in own.items():
             # AdamW divides by the root of tiny squares: where a gradient is near 0 its sign decides, worth one rate
             assert torch.allclose(tensor, other[key], atol=2e-3, rtol=1e-2), (file, key)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_pth_to_hf_makes_of_shards_the_model_that_the_run_ended_with(name, folder, two_ranks, plugins):
+    """The checkpoint, and DeepSpeed's folder in it, whose own shards say the same."""
+    run, out = folder / name, folder / f"{name}-converted"
+    config, shards = str(run / "config.json"), read_deepspeed(run / "checkpoint-4")
+    assert (run / "checkpoint-4" / "global_step4").is_dir(), "DeepSpeed's shards are what this is about"
+    for place in ("checkpoint-2", "checkpoint-4", "checkpoint-4/global_step4"):
+        command = ["convert", "pth_to_hf", config, str(run / place), str(out), "--overwrite"]
+        done = CliRunner().invoke(cli, command, standalone_mode=False)
+        assert done.exception is None, done.exception
+        weights = {path.relative_to(out): load_file(path) for path in out.rglob("*.safetensors")}
+        final = {path: load_file(run / "final" / path) for path in weights}
+        same = all(
+            torch.equal(tensor, final[path][key]) for path, part in weights.items() for key, tensor in part.items()
+        )
+        assert same == (place != "checkpoint-2"), "two steps more must show"
+    assert weights.keys() == {path.relative_to(run / "final") for path in (run / "final").rglob("*.safetensors")}
+    assert {path.name for path in out.iterdir()} == {path.name for path in (run / "final").iterdir()}
+    projector = weights[Path("projector.safetensors")]
+    assert all(torch.equal(tensor, shards[f"projector.{key}"]) for key, tensor in projector.items())
+    assert load_assistant(out, plugins, device=torch.device("cpu")).sees
 
 
 def test_a_checkpoint_of_another_engine_or_number_of_processes_is_refused(folder, two_ranks):

@@ -1,19 +1,28 @@
 """The parity gate's own rules: what is asked, what is said of what was not, and results that cannot be asked here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mmft.cli.convert import say
 from mmft.config import LLM, Model, Vision, use
-from mmft.convert.parity import LeftOut, Report, ask_source, compare, probes, unverified, write_report
+from mmft.convert.parity import LeftOut, Report, ask_source, compare, unverified, write_report
+from mmft.convert.probes import probes
+from mmft.convert.results import OurResult
 from mmft.convert.verify import verify
+from mmft.data.shape import describe_model
 from mmft.errors import CheckpointError, DataError, ModelError
+from mmft.inference import Assistant
+from mmft.modeling.build import build_model
+from mmft.testing import tiny_llm
 from mmft.types import Conversation
 
 CPU = torch.device("cpu")
+UNASKED = ["two turns", "a system text", "a picture, then text"]  # more than one message
 
 
 class Source:
@@ -50,10 +59,49 @@ def test_probes_that_were_not_asked_are_in_the_report_with_the_reason():
     with probes(pictures=True) as asked:
         answers = ask_source(source, asked)
         report = compare(answers, source, Decoder, dtype=torch.float32, tolerance=1e-4)
-    assert [one.name for one in answers if isinstance(one, LeftOut)] == ["two turns", "a picture, then text"]
+    assert [one.name for one in answers if isinstance(one, LeftOut)] == UNASKED
     assert report.verified
-    assert report.left_out == dict.fromkeys(("two turns", "a picture, then text"), "the template takes no such thing")
-    assert len(report.outcomes) == 7
+    assert report.left_out == dict.fromkeys(UNASKED, "the template takes no such thing")
+    assert len(report.outcomes) == 8
+
+
+def test_the_probe_set_has_every_kind_of_text_and_pictures_of_every_shape():
+    with probes(pictures=True) as asked:
+        sizes = {name: [Image.open(one.source).size for one in talk.images] for name, talk in asked if talk.images}
+        talks = [talk for _, talk in asked]
+    assert any(talk.messages[0].role == "system" for talk in talks)
+    assert any(len(talk.messages) > 2 for talk in talks) and any(not talk.messages[0].text.isascii() for talk in talks)
+    assert max(len(talk.messages[0].text) for talk in talks) > 250
+    drawn = [size for several in sizes.values() for size in several]
+    assert {"wide", "tall", "square"} == {shape(*size) for size in drawn}
+    assert len(set(drawn)) == len(drawn) == 5
+    assert len({shape(*size) for size in sizes["two pictures"]}) == 2
+
+
+def shape(width: int, height: int) -> str:
+    return "square" if width == height else "wide" if width > height else "tall"
+
+
+def test_a_probe_beyond_the_models_positions_is_left_out_with_both_numbers(plugins, tmp_path):
+    folder = short_llm(tmp_path)
+    model = Model(llm=LLM(path=str(folder)))
+    shape_of = describe_model(model, plugins)
+    built = build_model(model, plugins, info=None, image_id=None, dtype=torch.float32, device=CPU)
+    template = plugins.chat_templates.get("chatml")
+    source = OurResult(Assistant(built.eval(), shape_of, template))
+    with probes(pictures=False) as asked:
+        answers = ask_source(source, asked)
+    (left,) = [one for one in answers if isinstance(one, LeftOut)]
+    assert left.name == "a long text"
+    assert re.fullmatch(r"it takes \d{3,} tokens, and the model has positions for 128", left.reason)
+
+
+def short_llm(folder: Path) -> Path:
+    """A tiny model with positions for 128 tokens."""
+    path = tiny_llm(folder / "llm")
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}), "utf-8")
+    return path
 
 
 @pytest.mark.parametrize("pictures", [True, False])

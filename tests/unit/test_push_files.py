@@ -140,6 +140,21 @@ def test_a_conversion_that_was_not_verified_goes_only_when_told_and_its_card_say
     assert "**Not verified.**" not in plan(converted(tmp_path / "good", VERIFIED), unverified=True).card
 
 
+@pytest.mark.parametrize("quant", ["q4_0", "bf16", "Q4_K_M"])
+def test_gguf_files_of_few_bits_go_only_with_their_proof_in_sixteen(tmp_path, quant):
+    """An earlier gate compared q4_0 with the numbers of four bits alone; llama-quantize compares nothing."""
+    write(tmp_path / "out" / f"model-{quant}.gguf", b"GGUF" + bytes(64))
+    write(tmp_path / "out" / "mmproj-f16.gguf", b"GGUF" + bytes(64))
+    own = VERIFIED | {"dtype": quant, "source": "work/run"}
+    for parity in (own, own | {"proof": None}, own | {"proof": VERIFIED | {"verified": False}}, VERIFIED):
+        write(tmp_path / "out" / "parity.json", parity)
+        with pytest.raises(PushError, match=rf"proves nothing of its {quant} weights.*convert verify .*--unverified"):
+            plan(tmp_path / "out")
+        assert "**Not verified.**" in plan(tmp_path / "out", unverified=True).card
+    write(tmp_path / "out" / "parity.json", own | {"dtype": quant, "proof": VERIFIED | {"dtype": "f16"}})
+    assert "**Not verified.**" not in plan(tmp_path / "out").card
+
+
 def test_a_merged_model_needs_its_comparison_and_a_run_none(tmp_path, run):
     merged = model_folder(tmp_path / "merged", merged={"quantization": "nf4"})
     with pytest.raises(PushError, match=r"has no parity\.json"):

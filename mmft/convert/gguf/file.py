@@ -46,8 +46,9 @@ QUANTS = {
     "q4_0": Quant("Q4_0", "MOSTLY_Q4_0", 0.8),
 }
 ROUNDED = ("f32", "f16", "bf16")  # no blocks: every tensor fits
+PROVED_ALONE = ("f32", "f16")  # fine enough to show a mistake beside the rounding
 # The type in which a model's structure is proved before its weights are rounded further. bf16 has the range of f32.
-PROVES = {name: "f32" if name == "bf16" else "f16" for name in QUANTS if name not in ("f32", "f16")}
+PROVES = {name: "f32" if name == "bf16" else "f16" for name in QUANTS if name not in PROVED_ALONE}
 
 
 class RangeError(ModelError):

@@ -20,7 +20,6 @@ from mmft.convert.gguf.run import LlamaCppResult
 from mmft.convert.gguf.vision import CLS
 from mmft.convert.parity import (
     MAX_NEW_TOKENS,
-    PROBES,
     TOLERANCE,
     Answer,
     LeftOut,
@@ -28,9 +27,9 @@ from mmft.convert.parity import (
     ask_source,
     compare,
     free,
-    probes,
     summary,
 )
+from mmft.convert.probes import PROBES, probes
 from mmft.convert.results import OurResult, load_trained
 from mmft.data.tokenize import Tokenizer
 from mmft.errors import CheckpointError
@@ -153,7 +152,7 @@ def _refusal(report: Report, mmproj: Path | None, wish: Wish) -> str:
     within = all(one.same_prompt and one.relative <= wish.tolerance for one in report.outcomes)
     if report.verified or (within and wish.quant not in ROUNDED):
         return ""
-    names = [name for name, count, _ in PROBES if count]
+    names = [probe.name for probe in PROBES if probe.pictures]
     pictured = any(report.refusal.startswith(f"{name}:") for name in names)
     return f"{report.refusal}; {CLS}" if pictured and mmproj is not None and has_cls(mmproj) else report.refusal
 

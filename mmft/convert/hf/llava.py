@@ -7,9 +7,8 @@ vLLM and surgery scripts know them too.
 
 import inspect
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -17,18 +16,18 @@ from torch import Tensor, nn
 
 from mmft.config import Model
 from mmft.convert.chat_jinja import Proved, jinja_of
+from mmft.convert.gate import Asked, Options, convert
 from mmft.convert.hf.classes import REMOTE_CODE, Composed, Seeing, compose, remote_code
 from mmft.convert.hf.processor import image_processor
 from mmft.convert.hf.projector import read_projector
 from mmft.convert.merge import save_language_model, set_generation
-from mmft.convert.parity import Report, ask_source, compare, free, probes, proved, settle, tolerance_for
-from mmft.convert.parts import Parts, check_logits, load_parts
-from mmft.convert.results import OurResult, TransformersResult, load_trained
+from mmft.convert.parity import Report
+from mmft.convert.parts import Parts, check_logits
+from mmft.convert.results import TransformersResult
 from mmft.data.records import is_unbound
 from mmft.data.shape import describe_model
 from mmft.data.tokenize import IMAGE_TOKEN
 from mmft.errors import ModelError
-from mmft.inference import PRECISIONS
 from mmft.modeling.checkpoint import read_manifest
 from mmft.modeling.llm import make_room
 from mmft.plugins import Plugins
@@ -48,45 +47,27 @@ class TransformersEncoder(Protocol):
     num_prefix_tokens: int
 
 
-def export(
-    folder: Path,
-    out: Path,
-    plugins: Plugins,
-    *,
-    dtype: str | None = None,
-    device: torch.device,
-    max_shard_size: str = "2GB",
-    llm: str | None = None,
-    overwrite: bool = False,
-) -> Report:
+def export(folder: Path, out: Path, plugins: Plugins, **options: Unpack[Options]) -> Report:
     """Write the model folder `folder` as transformers' classes into `out`, and prove it with plain transformers.
 
     Raises `ModelError` where there is no class for its parts, `ParityError` where the result answers otherwise.
     """
-    manifest = read_manifest(folder)
-    precision = dtype or manifest.precision
-    sees = manifest.model.vision is not None
-    if sees:
-        check_projector(manifest.model, plugins, folder)
-    with proved(out, overwrite=overwrite, sources=(folder, llm)) as temporary, probes(pictures=sees) as asked:
-        source = load_trained(folder, plugins, device=device, precision=precision, llm=llm)
-        answers = ask_source(OurResult(source), asked)
-        del source
-        free()
-        parts = load_parts(folder, plugins, dtype=precision, device=device, llm=llm)
-        tokenizer, note = parts.shape.tokenizer, ""
-        if sees:
-            note = _write_seeing(parts, temporary, max_shard_size)
-        elif save_language_model(parts, temporary, max_shard_size) is None and not is_unbound(parts.template):
-            jinja_of(parts.template, tokenizer)  # says why
-        del parts
-        free()
-        result = TransformersResult(temporary, sees=sees, dtype=PRECISIONS[precision], device=device)
-        tolerance = tolerance_for(PRECISIONS[precision], manifest.model.llm.quantization)
-        report = compare(answers, result, tokenizer, dtype=PRECISIONS[precision], tolerance=tolerance)
-        report = replace(report, note=note)
-        settle(report, temporary, out)
-    return report
+    model = read_manifest(folder).model
+    if model.vision is not None:
+        check_projector(model, plugins, folder)
+    return convert(folder, out, plugins, _write, _judge, **options)
+
+
+def _judge(asked: Asked, place: Path) -> Report:
+    return asked.compare(TransformersResult(place, sees=asked.sees, dtype=asked.dtype, device=asked.device))
+
+
+def _write(parts: Parts, folder: Path, max_shard_size: str) -> str:
+    if parts.vision is not None:
+        return _write_seeing(parts, folder, max_shard_size)
+    if save_language_model(parts, folder, max_shard_size) is None and not is_unbound(parts.template):
+        jinja_of(parts.template, parts.shape.tokenizer)  # says why
+    return ""
 
 
 def check_projector(model: Model, plugins: Plugins, folder: Path) -> None:

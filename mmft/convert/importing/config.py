@@ -19,7 +19,7 @@ from mmft.convert.xtuner.model import draft_model
 from mmft.convert.xtuner.report import Node, Report
 from mmft.convert.xtuner.syntax import read_assignments
 from mmft.convert.xtuner.write import Arg, Call, Raw
-from mmft.errors import ConfigError, Problem
+from mmft.errors import ConfigError, Problem, UnknownName
 from mmft.plugins import Plugins
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -52,7 +52,11 @@ def read_target(reference: str, plugins: Plugins, settings: tuple[str, ...] = ()
         if settings:
             raise ConfigError([Problem("--set", "changes mmft's configs, not XTuner's", "change the file itself")])
         return _xtuner_target(path, plugins)
-    return target_of(load_config(reference, plugins, settings))
+    try:
+        config = load_config(reference, plugins, settings)
+    except UnknownName as error:
+        raise UnknownName(f"{error}; CONFIG may also be the .py file of an XTuner config") from None
+    return target_of(config)
 
 
 def target_of(config: TrainConfig) -> Target:

@@ -80,12 +80,20 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(Nothing, name) for name in BESIDE]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise _cut_off(path) from error
         raise CheckpointError(
             f"{path}: holds more than weights, and reading that could run code; save its state_dict alone, or convert "
             f"it where it was made (xtuner convert pth_to_hf): {_reason(error)}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, TypeError, KeyError) as error:
+        if isinstance(error, EOFError) or "zip archive" in str(error):
+            raise _cut_off(path) from error
         raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def _cut_off(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: is empty or cut off ({path.stat().st_size:,} bytes); copy it again")
 
 
 def _is_zip(path: Path) -> bool:

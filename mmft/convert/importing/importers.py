@@ -15,7 +15,7 @@ import torch
 from mmft import __version__
 from mmft.config import Lora, Model, Use
 from mmft.convert.importing.config import Target
-from mmft.convert.importing.files import State
+from mmft.convert.importing.files import State, is_deepspeed
 from mmft.convert.importing.read import Adapter, Found, read_foreign
 from mmft.convert.importing.weights import (
     build_encoder,
@@ -30,7 +30,7 @@ from mmft.convert.importing.weights import (
 from mmft.convert.parity import proved
 from mmft.convert.place import refuse_out
 from mmft.errors import CheckpointError
-from mmft.hub import encoder_options, load_tokenizer, named_from
+from mmft.hub import encoder_options, encoder_path, load_tokenizer, named_from
 from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS
 from mmft.modeling.checkpoint import (
     FORMAT,
@@ -93,9 +93,7 @@ def named_by(target: Target | None) -> list[str]:
     """The paths of the models that a target names."""
     if target is None:
         return []
-    vision = target.model.vision
-    encoder = vision.encoder.options.get("path") if vision else None
-    return [target.model.llm.path, *([encoder] if isinstance(encoder, str) else [])]
+    return [name for name in (target.model.llm.path, encoder_path(target.model)) if name]
 
 
 def pth_to_hf(
@@ -108,7 +106,8 @@ def pth_to_hf(
     overwrite: bool = False,
 ) -> list[str]:
     """A training checkpoint of mmft or XTuner, of one process or many, as a model folder without training state."""
-    places = (checkpoint, checkpoint / "final", *checkpoints(checkpoint))
+    above = (checkpoint.parent,) if is_deepspeed(checkpoint) else ()  # a run's checkpoint-4/global_step4
+    places = (checkpoint, *above, checkpoint / "final", *checkpoints(checkpoint))
     own = next((place for place in places if (place / MANIFEST).is_file()), None)
     if own is None:
         return bring(checkpoint, out, target=target, plugins=plugins, ignore_names=ignore_names, overwrite=overwrite)
@@ -136,7 +135,7 @@ def pth_to_hf(
 
 def _check_names(found: Found, model: Model, source: Path) -> None:
     """A projector fits only the very models it was trained between, whatever its shape."""
-    ours = {"llm": model.llm.path, "encoder": str(model.vision.encoder.options.get("path", "")) if model.vision else ""}
+    ours = {"llm": model.llm.path, "encoder": encoder_path(model)}
     for part, theirs in found.names.items():
         if ours[part] and Path(theirs).name.lower() != Path(ours[part]).name.lower():
             raise CheckpointError(
@@ -147,7 +146,7 @@ def _check_names(found: Found, model: Model, source: Path) -> None:
 
 def _check_whole_folders(found: Found, model: Model, source: Path) -> None:
     """A part that was trained whole and saved as a folder is what the projector was trained with, not the base."""
-    ours = {"llm": model.llm.path, "encoder": str(model.vision.encoder.options.get("path", "")) if model.vision else ""}
+    ours = {"llm": model.llm.path, "encoder": encoder_path(model)}
     fields = {"llm": "model.llm.path", "encoder": "model.vision.encoder.path"}
     for part, folder in found.whole.items():
         if ours[part] and Path(ours[part]).expanduser().resolve() != folder.resolve():
@@ -192,7 +191,7 @@ def _check_projector(projector: State, model: Model, plugins: Plugins, outline: 
     if model.vision is None:
         raise CheckpointError(f"{source} has a projector, the config no model.vision")
     info = plugins.vision_encoders.get(model.vision.encoder.name).describe(
-        **encoder_options(model.vision.encoder, model.hub)
+        **encoder_options(model.vision.encoder, plugins, model.hub)
     )
     weights = [tensor for key, tensor in sorted(projector.items()) if key.endswith("weight")]
     width = outline.get_input_embeddings().weight.shape[1]
@@ -220,8 +219,7 @@ def _write(folder: Path, found: Found, model: Model | None, outline: Any) -> Non
         save_llm(folder / LLM_FOLDER, found.llm_weights, outline, model)
     if found.vision is not None:
         assert model is not None and model.vision is not None
-        path = str(model.vision.encoder.options.get("path", ""))
-        _save_adapter(found.vision, folder / VISION_ADAPTER, base=path, causal_lm=False)
+        _save_adapter(found.vision, folder / VISION_ADAPTER, base=encoder_path(model), causal_lm=False)
     if found.vision_weights:
         (folder / VISION_WEIGHTS).parent.mkdir()
         save_file(found.vision_weights, folder / VISION_WEIGHTS)
@@ -277,7 +275,7 @@ def write_imported(folder: Path, model: Model, chat_template: str, precision: st
         "chat_template": chat_template,
         "precision": precision,
         "config": {},
-        "plugins": {name: plugin.distribution or plugin.name for name, plugin in owners.items()},
+        "plugins": {name: plugin.identity for name, plugin in owners.items()},
     }
     seal(folder, content)
 

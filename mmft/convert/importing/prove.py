@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from mmft.config import Model
-from mmft.convert.parity import ask_source, compare, free, probes, settle, summary, tolerance_for
+from mmft.convert.parity import ask_source, compare, free, settle, summary, tolerance_for
+from mmft.convert.probes import probes
 from mmft.convert.results import OurResult
 from mmft.data.shape import describe_model
 from mmft.hf_llava import load_hf_llava

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmft.convert.importing.files import State, is_deepspeed, read_deepspeed, read_tensors
 from mmft.errors import CheckpointError
+from mmft.hub import encoder_path
 from mmft.modeling.build import ADAPTER, LLM_FOLDER, PROJECTOR, VISION_ADAPTER, VISION_WEIGHTS
 from mmft.modeling.checkpoint import MANIFEST, read_manifest
 
@@ -137,7 +138,7 @@ def _own_names(folder: Path) -> dict[str, str]:
     if not (folder / MANIFEST).is_file():
         return {}
     model = read_manifest(folder, verify=False).model
-    encoder = str(model.vision.encoder.options.get("path", "")) if model.vision else ""
+    encoder = encoder_path(model)
     return {"llm": model.llm.path} | ({"encoder": encoder} if encoder else {})
 
 

@@ -96,7 +96,7 @@ def save_llm(folder: Path, state: State, outlined: Any, model: Model) -> None:
 
 def build_encoder(vision: Vision, hub: str, plugins: Plugins) -> Any:
     """The encoder of a config, with its weights."""
-    return plugins.vision_encoders.get(vision.encoder.name).build(**encoder_options(vision.encoder, hub))
+    return plugins.vision_encoders.get(vision.encoder.name).build(**encoder_options(vision.encoder, plugins, hub))
 
 
 def vision_state(state: State, encoder: nn.Module, source: Path) -> State:

@@ -15,8 +15,9 @@ PLACE = re.compile(  # a whole string: its parts may have spaces inside, as `acm
 )
 _PART = r"[^/\\\s<>\"'`|*?{}:;,()\[\]“”‘’，。；：、（）「」《》]+"
 _FOLDER = rf"{_PART}(?: {_PART}){{0,4}}[/\\]+"  # spaces only where a separator follows
+_SANDBOX = r"(?!/mnt/data(?![\w/\\.-]))"  # what a model is told of its own Python tool, in the template of GLM-4
 IN_TEXT = re.compile(
-    r"(?<![\w.<~/\\-])(?:file://)?"
+    rf"(?<![\w.<~/\\-]){_SANDBOX}(?:file://)?"
     rf"(?:~[\w.-]*/|[A-Za-z]:[/\\]+|\\\\[\w.-]+\\(?=[\w$])|/{_FOLDER})(?:{_FOLDER})*{_PART}[/\\]?"
 )
 # Templates and regular expressions are full of slashes, and name nobody's folders.

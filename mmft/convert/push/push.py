@@ -66,9 +66,11 @@ def plan_push(
     check_repo(repo, hub)
     found = find(model, run)
     parity = _read(found.folder / PARITY) if (found.folder / PARITY).is_file() else None
-    proved = found.kind == "run" or (parity is not None and parity.get("verified") is True)
-    if not proved and not unverified:
-        raise PushError(_not_proved(found.folder, parity))
+    why = "" if found.kind == "run" else _not_proved(found, parity)
+    if why and not unverified:
+        raise PushError(
+            f"{found.folder} was not pushed: {why}; or push it as it is with --unverified, and its card says so"
+        )
     listed = found.manifest["files"] if found.kind in ("run", "merged") else None
     taken, left = sort_out(found.folder, listed)
     uploads = cleaned(taken, renamed(found.manifest, wishes.bases))
@@ -81,7 +83,7 @@ def plan_push(
         card = own.read_text("utf-8")
         notes.append(f"{own} is your own and is kept; --overwrite-card writes a new one")
     else:
-        card = write_card(facts, wishes, repo, hub, unverified=not proved)
+        card = write_card(facts, wishes, repo, hub, unverified=bool(why))
         uploads = [one for one in uploads if one.name != CARD] + [Upload(CARD, own, card.encode("utf-8"))]
         notes += _notes(found, facts, wishes)
     refuse_private(uploads)
@@ -177,14 +179,32 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _not_proved(folder: Path, parity: Mapping[str, Any] | None) -> str:
+def _not_proved(found: Found, parity: Mapping[str, Any] | None) -> str:
+    """Why a conversion does not count as verified, with what to do; empty where it does."""
     if parity is None:
-        why = f"it has no {PARITY}: nobody compared it with the model it was made from; make it with `mmft convert`"
-    else:
+        return f"it has no {PARITY}: nobody compared it with the model it was made from; make it with `mmft convert`"
+    if parity.get("verified") is not True:
         reason = parity.get("refusal") or parity.get("note") or "no reason is given"
         how = f"; to verify it: {parity['command']}" if parity.get("command") else ""
-        why = f"{PARITY} says that it is not verified: {reason}{how}"
-    return f"{folder} was not pushed: {why}; or push it as it is with --unverified, and its card says so"
+        return f"{PARITY} says that it is not verified: {reason}{how}"
+    return _rounded_unproved(found.folder, parity) if found.kind == "gguf" else ""
+
+
+def _rounded_unproved(folder: Path, parity: Mapping[str, Any]) -> str:
+    """The same for GGUF files of few bits, whose own numbers let any mistake through: their proof in 16 bits counts."""
+    from mmft.convert.gguf.file import PROVED_ALONE
+
+    proof = parity.get("proof")
+    proved = str(parity.get("dtype")).lower() if isinstance(proof, dict) and proof.get("verified") is True else ""
+    models = sorted(path.stem.removeprefix("model-") for path in folder.glob("*.gguf") if "mmproj" not in path.name)
+    rounded = next((quant for quant in models if quant.lower() not in (*PROVED_ALONE, proved)), None)
+    if rounded is None:
+        return ""
+    source = parity.get("source")
+    return (
+        f"{PARITY} proves nothing of its {rounded} weights: it has no comparison of the same parts in 16 bits "
+        f"(`proof`), as an earlier version wrote it; to verify it: mmft convert verify {folder} {source or 'MODEL'}"
+    )
 
 
 def _notes(found: Found, facts: Facts, wishes: Wishes) -> list[str]:

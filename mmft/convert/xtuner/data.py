@@ -24,6 +24,11 @@ TEXT_SAME = (
     "with_image_token",
 )
 LLAVA_SAME = ("tokenizer", "image_processor", "offline_processed_text_folder")
+PACKED = {  # loader inside `build_packed_dataset` (xtuner/dataset/intern_repo.py) -> what its files are
+    "load_intern_repo_tokenized_dataset": "reads tokens made beforehand (.bin); train from the texts they were made of",
+    "load_intern_repo_untokenized_dataset": 'reads a bare list of messages a line; write {"messages": [...]} a line '
+    "into a .jsonl file, which the data map openai reads",
+}
 NATIVE_FORMAT = "xtuner"  # the data map of `conversation` lists
 FILES = {"json": "json", "csv": "csv", "parquet": "parquet", "text": "text"}  # `path` of load_dataset -> data source
 
@@ -110,8 +115,7 @@ def _dataset(part: Node, draft: DataDraft, plugins: Plugins, report: Report, *, 
         draft.templates.add("moss_sft")
         draft.packs.add(False)
     else:
-        kind = part.kind or shown(part.values)
-        report.edit(f"{part.path}: {kind} has no counterpart; bring its records in a format of `mmft data formats`")
+        report.edit(f"{part.path}: {_no_counterpart(part)}")
         return
     if (limit := part.take("max_dataset_length")) is not None:
         extra["limit"] = limit
@@ -123,6 +127,16 @@ def _dataset(part: Node, draft: DataDraft, plugins: Plugins, report: Report, *, 
     part.close(same=same)
     named = {"source": source, **{k: v for k, v in extra.items() if k == "image_folder"}, "data_map": chosen}
     draft.datasets.append(Call("Dataset", **named, limit=extra.get("limit")))
+
+
+def _no_counterpart(part: Node) -> str:
+    """What is to be done with the records of a data set that mmft cannot read."""
+    inner = part.values.get("dataset_cfg")
+    loader = last_name(inner.get("type")) if isinstance(inner, dict) else ""
+    if hint := PACKED.get(loader):
+        return f"{loader} {hint}"
+    kind = part.kind or shown(part.values)
+    return f"{kind} has no counterpart; bring its records in a format of `mmft data formats`"
 
 
 def _map_name(part: Node, function: Any, plugins: Plugins, report: Report) -> str:
