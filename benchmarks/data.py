@@ -3,6 +3,7 @@
     python benchmarks/data.py work_dirs/demo/llm                      (50,000 records)
     python benchmarks/data.py work_dirs/demo/llm --more 500000        (and peak memory at ten times as many)
     python benchmarks/data.py work_dirs/demo/llm --peer-python PEER/bin/python      (and LLaMA-Factory beside them)
+    python benchmarks/data.py work_dirs/demo/llm --readers      (what only reading a file costs)
 
 tokenizer  encode_batch over the whole texts, rendered beforehand: nothing a framework does can cost less
 floor      by hand: json lines, a format string, batch encode, masks from lengths, numpy arrays, rows filled in order
@@ -19,6 +20,7 @@ threads and processes.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,26 @@ def run_blocks(model: str, path: Path, cache: Path) -> Measured:
     return run_mmft(model, path, cache, "auto", BLOCKS)
 
 
+def run_reader(name: str, path: Path) -> Measured:
+    """Every record is read once; `jsonl` and `json` are mmft's sources, of the lines and of the same as one list."""
+    from mmft_plugins.sources import load_json, load_jsonl
+
+    listed = path.with_suffix(".json")
+    began, cpu = time.perf_counter(), time.process_time()
+    if name == "ijson":
+        import ijson
+
+        with listed.open("rb") as file:
+            number = sum(1 for _ in ijson.items(file, "item", use_float=True, buf_size=1 << 20))
+    elif name == "json.load":
+        with listed.open(encoding="utf-8") as text:
+            number = len(json.load(text))
+    else:
+        number = sum(1 for _ in (load_jsonl(path) if name == "jsonl" else load_json(listed)))
+    return {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu, "records": number}
+
+
+READERS = {name: partial(run_reader, name) for name in ("json", "jsonl", "json.load", "ijson")}
 CONTENDERS = {
     "tokenizer": run_tokenizer,
     "floor": run_floor,
@@ -179,7 +202,7 @@ def contender(name: str, model: str, path: Path, cache: Path, *, cores: int, pee
 def measure(name: str, model: str, path: Path, cache: Path, cores: int) -> None:
     """What a contender's process does."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    measured = CONTENDERS[name](model, path, cache)
+    measured = READERS[name](path) if name in READERS else CONTENDERS[name](model, path, cache)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**measured, "peak": peak}))
 
@@ -204,6 +227,23 @@ def show(best: dict[tuple[str, int], Measured], number: int) -> None:
         mmft, ours = best["mmft", 1]["cpu"], best["mmft", cores]["wall"]
         print(f"mmft against the peer: {cpu / mmft:.2f} times the records a CPU second (one core),", end=" ")
         print(f"{wall / ours:.2f} times by the clock ({by_core / ours:.2f} times its {cores} processes)")
+
+
+def show_readers(model: str, number: int, rounds: int) -> None:
+    """What reading one file costs, on one core, beside `json`; ijson (https://github.com/ICRAR/ijson) if installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        make_records(path, number)
+        with path.open(encoding="utf-8") as lines, path.with_suffix(".json").open("w", encoding="utf-8") as listed:
+            listed.writelines(f"{', ' if row else '['}{line}" for row, line in enumerate(lines))
+            listed.write("]")
+        names = [name for name in READERS if name != "ijson" or importlib.util.find_spec("ijson")]
+        runs = [{name: contender(name, model, path, path, cores=1) for name in names} for _ in range(rounds)]
+        best = {name: {key: min(run[name][key] for run in runs) for key in runs[0][name]} for name in names}
+        assert {got["records"] for got in best.values()} == {number}
+        for name, got in best.items():
+            times, peak = got["cpu"] / best["json"]["cpu"], got["peak"]
+            print(f"{name:<10}{got['cpu']:>8.2f} CPU s{times:>8.2f} times json{peak:>8.0f} MB at most")
 
 
 def main(model: str, number: int, more: int, peer: str, rounds: int) -> None:
@@ -237,11 +277,14 @@ if __name__ == "__main__":
     parser.add_argument("--more", type=int, default=0, help="also prepare this many, for the peak of memory")
     parser.add_argument("--peer-python", default="", help="a Python that has llamafactory, to run it beside mmft")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--readers", action="store_true", help="measure only the reading of a file")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         name, records, cache = arguments.only
         measure(name, arguments.model, Path(records), Path(cache), arguments.cores)
+    elif arguments.readers:
+        show_readers(arguments.model, arguments.records, arguments.rounds)
     else:
         main(arguments.model, arguments.records, arguments.more, arguments.peer_python, arguments.rounds)

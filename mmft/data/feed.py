@@ -8,6 +8,7 @@ position after the last batch that was trained on.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -92,22 +93,24 @@ class Account:
             raise DataError(too_many(self.dropped, self.records, self.first, self.max_bad_fraction))
 
 
-class _Hinting(torch.utils.data.IterableDataset[StreamItem]):
-    """A stream whose error says which data map would fit: one of which all is dropped stops before any batch."""
+@contextmanager
+def _hints(stream: SampleStream) -> Iterator[None]:
+    """A `DataError` raised inside also says which data map would fit."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError("; ".join([str(error), *format_hints(stream.data, stream.plugins)])) from error
 
-    def __init__(self, stream: SampleStream) -> None:
-        super().__init__()
-        self.stream = stream
+
+@dataclass(frozen=True, eq=False)
+class _Hinting(torch.utils.data.IterableDataset[StreamItem]):
+    """A stream with hints in its error: one of which all is dropped stops before any batch, in a worker perhaps."""
+
+    stream: SampleStream
 
     def __iter__(self) -> Iterator[StreamItem]:
-        try:
+        with _hints(self.stream):
             yield from self.stream
-        except DataError as error:
-            raise _with_hints(error, self.stream) from error
-
-
-def _with_hints(error: DataError, stream: SampleStream) -> DataError:
-    return DataError("; ".join([str(error), *format_hints(stream.data, stream.plugins)]))
 
 
 class StreamFeed:
@@ -162,10 +165,8 @@ class StreamFeed:
         """
         self.position, news = batch.pop(KEY)
         self._unshared += batch.pop(BAD_SAMPLES, ())
-        try:
+        with _hints(self.stream):
             self.account.take(news)
-        except DataError as error:
-            raise _with_hints(error, self.stream) from error
         if is_alone():
             self.share()
 

@@ -15,12 +15,17 @@ from typing import Any, TypeAlias
 
 from mmft.errors import DataError
 from mmft.types import BadRecord, RawRecord
+from mmft_plugins._encodings import encoding_of, remedy_of
 from mmft_plugins._records import shown
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 BLOCK = 1 << 20  # bytes read at a time: large enough for speed, small beside a model
 BOM = codecs.BOM_UTF8
+START = 64  # bytes that are enough to see that a file is something else than its name says
+POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that Git LFS leaves in the place of another
+PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip", b"\xfd7zXZ\0": "xz", b"BZh91AY": "bzip2"}
+UNPACK = {"gzip": "gunzip", "zstd": "unzstd", "zip": "unzip", "xz": "unxz", "bzip2": "bunzip2"}
 NO_OBJECT, NOT_UTF8 = "not an object", "not UTF-8"  # the kinds of bad records: what stands before the colon
 _KINDS = {list: "a list", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
 
@@ -83,7 +88,7 @@ def read_one(file: Path, records: Iterable[tuple[str, Any]]) -> Iterator[RawReco
 def text_blocks(file: Path) -> Iterator[str]:
     """The text of a UTF-8 file in pieces of at most `BLOCK` characters, without its byte-order mark.
 
-    Raises `DataError` with the line and the byte (from 0) that is not UTF-8.
+    Raises `DataError` with the line and the byte (from 0) that is not UTF-8, and as `refuse_stand_in`.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     read, line = 0, 1
@@ -91,6 +96,7 @@ def text_blocks(file: Path) -> Iterator[str]:
         while True:
             block = source.read(BLOCK)
             if read == 0:
+                refuse_stand_in(file, block)
                 read = len(BOM) if block.startswith(BOM) else 0
                 block = block.removeprefix(BOM)
             pending = len(decoder.getstate()[0])
@@ -113,27 +119,35 @@ def not_utf8(where: str, byte: int, error: UnicodeDecodeError) -> DataError:
 
 
 def of_bytes(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are not UTF-8, and the remedy."""
-    encoding = encoding_of(error.object) or "LATIN1"
-    return (
-        f"{error.reason} (found {error.object[error.start]:#04x}); "
-        f"save the file as UTF-8, for example with iconv -f {encoding} -t UTF-8"
-    )
+    """What is wrong with bytes that are not UTF-8, and the remedy, by the lines from that place on."""
+    data = error.object
+    lines = data if encoding_of(data) else data[data.rfind(b"\n", 0, error.start) + 1 :]
+    return f"{error.reason} (found {data[error.start]:#04x}); {remedy_of(lines)}"
 
 
-def encoding_of(start: bytes) -> str | None:
-    """The Unicode encoding other than UTF-8 whose byte-order mark a file begins with, as iconv calls it."""
-    marks = {
-        codecs.BOM_UTF32_LE: "UTF-32",
-        codecs.BOM_UTF32_BE: "UTF-32",
-        codecs.BOM_LE: "UTF-16",
-        codecs.BOM_BE: "UTF-16",
-    }
-    return next((name for mark, name in marks.items() if start.startswith(mark)), None)
+def first_bytes(file: Path) -> bytes:
+    """What `refuse_pointer` and its like look at."""
+    with file.open("rb") as opened:
+        return opened.read(START)
+
+
+def refuse_pointer(file: Path, start: bytes) -> None:
+    """Raise `DataError` for what a clone without Git LFS has in the place of a large file."""
+    if start.startswith(POINTER):
+        raise DataError(f"{file}: not the file itself: a Git LFS pointer to it; fetch it with: git lfs pull")
+
+
+def refuse_stand_in(file: Path, start: bytes) -> None:
+    """Raise `DataError` where a file says by its first bytes that it is compressed, and as `refuse_pointer`."""
+    refuse_pointer(file, start)
+    packed = next((name for mark, name in PACKED.items() if start.startswith(mark)), None)
+    if packed:
+        raise DataError(f"{file}: compressed with {packed}; unpack it first, for example with {UNPACK[packed]}")
 
 
 def refuse_encoding(file: Path, start: bytes) -> None:
-    """Raise `DataError` where a file says by its first bytes that it is of another Unicode encoding."""
+    """Raise `DataError` where it is of another Unicode encoding by its first bytes, and as `refuse_stand_in`."""
+    refuse_stand_in(file, start)
     if encoding := encoding_of(start):
         raise DataError(
             f"{file} line 1: {NOT_UTF8}: it holds the byte {start[0]:#04x}, with which {encoding} begins; "

@@ -7,16 +7,26 @@ records. A record that ends with the block is parsed again once more of the file
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmft.errors import DataError
 from mmft_plugins._files import kind, text_blocks
-from mmft_plugins._records import keys_found
+from mmft_plugins._records import keys_found, shown
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ALLOWED = "allowed: a list of objects, or an object holding exactly one such list"
+NAMED = 10  # keys of an object that an error names
 _NEAR_END = 16  # characters: a literal, a number or an escape that is cut off is reported this close to the end
+# What is left, from the place of the error on, of a text that ends inside a literal, a number or an escape.
+_CUT_OFF = re.compile(r"t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(aN?)?|-?I[nfity]*|-|[.eE][+-]?|\\?u[0-9a-fA-F]{0,4}")
+
+
+def is_cut_off(rest: str, message: str) -> bool:
+    """Whether what is not JSON could be the beginning of JSON; `rest` is what stands from the error on."""
+    rest = rest.strip()
+    return not rest or message.startswith("Unterminated string") or _CUT_OFF.fullmatch(rest) is not None
 
 
 class JsonReader:
@@ -117,12 +127,17 @@ class JsonReader:
         newline = self._text.rfind("\n", 0, position)
         column = position - newline if newline >= 0 else self._column + position
         place = f"line {line} column {column}" if line > 1 else f"column {column}"
-        if inside and self._ended and position > len(self._text.rstrip()) - _NEAR_END - 1:
-            hint = f"; the file ends inside {inside}: if it is cut off, copy or download it again"
-        elif inside and self._ended and message.startswith("Unterminated string"):
-            hint = f"; the file ends inside {inside}: a quote is missing, or it is cut off"
+        if inside and self._ended and is_cut_off(self._text[position:], message):
+            near = position > len(self._text.rstrip()) - _NEAR_END - 1  # of a quote that is missing, it may stand far
+            remedy = "if it is cut off, copy or download it again" if near else "a quote is missing, or it is cut off"
+            hint = f"; the file ends inside {inside}: {remedy}"
+        elif self._line == self._column == 1 and not self._text[:position].strip():
+            hint = f"; the file begins with {shown(self._text[position : position + 40])}; give the JSON file"
         elif message == "Extra data":
-            hint = "; a file of one object a line is 'jsonl'"
+            hint = (
+                "; a file of one object a line is 'jsonl': in a config use(\"jsonl\", ...), for a file --source jsonl, "
+                f"or call it {self.file.stem}.jsonl"
+            )
         else:
             hint = "; mend the file there, or write it again"
         return DataError(f"{self.file}: not JSON at {place}: {message}{hint}")
@@ -194,9 +209,10 @@ def _the_list(reader: JsonReader, field: str | None) -> str:
         return lists[0]
     asked = "" if field is None else f" under {field!r}"
     more = f"; choose one with the option field={lists[0]!r}" if len(lists) > 1 else ""
+    others = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    named = keys_found(dict.fromkeys(islice(keys, NAMED)))
     raise DataError(
-        f"{reader.file}: an object with {len(lists)} lists of objects{asked} (keys: {keys_found(keys)}); "
-        f"{_ALLOWED}{more}"
+        f"{reader.file}: an object with {len(lists)} lists of objects{asked} (keys: {named}{others}); {_ALLOWED}{more}"
     )
 
 

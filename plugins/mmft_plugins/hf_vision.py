@@ -240,8 +240,12 @@ def quiet_transformers() -> Iterator[None]:
 @hookimpl
 def mmft_vision_encoders() -> Iterable[VisionEncoderSpec]:
     """The names differ for the reader only: each takes any checkpoint the others take."""
+    summaries = {
+        "siglip": "SigLIP and SigLIP 2 of fixed size",
+        "dinov2": "DINOv2, with or without registers",
+        "vit": "ViT, and other encoders like it",
+    }
     return [
-        VisionEncoderSpec(name="siglip", describe=describe, build=build, summary="SigLIP and SigLIP 2 of fixed size"),
-        VisionEncoderSpec(name="dinov2", describe=describe, build=build, summary="DINOv2, with or without registers"),
-        VisionEncoderSpec(name="vit", describe=describe, build=build, summary="ViT, and other encoders like it"),
+        VisionEncoderSpec(name=name, describe=describe, build=build, summary=summary, hub_option="path")
+        for name, summary in summaries.items()
     ]

@@ -14,7 +14,7 @@ from mmft.errors import DataError
 from mmft.specs import DatasetSpec
 from mmft.types import BadRecord, RawRecord
 from mmft_plugins._columns import check_columns, renamed
-from mmft_plugins._files import check_installed, optional_package
+from mmft_plugins._files import check_installed, first_bytes, optional_package, refuse_pointer
 from mmft_plugins._pictures import FIELDS, with_paths
 from mmft_plugins._records import one_of
 
@@ -79,7 +79,7 @@ def load_hf_from(
     """What `load_hf` yields after the first `start` rows."""
     package = optional_package("datasets", "hf", "hf")
     folder = Path(path).expanduser()
-    hf_files(path, extract_to=extract_to)
+    files = hf_files(path, extract_to=extract_to)
     try:
         if any((folder / marker).is_file() for marker in SAVED):
             rows = _split_of(package.load_from_disk(str(folder)), package.DatasetDict, path, split)
@@ -89,6 +89,8 @@ def load_hf_from(
             )
         yield from renamed(with_paths(_rows(rows, start, path, columns), extract_to), rename, path)
     except (OSError, ValueError, RuntimeError, package.exceptions.DatasetsError) as error:
+        for file in files:
+            refuse_pointer(file, first_bytes(file))
         raise _failed("hf", path, error) from error
 
 

@@ -134,7 +134,9 @@ def mmft_data_maps() -> Iterable[DataMap]:
 def mmft_vision_encoders() -> Iterable[VisionEncoderSpec]:
     """CLIP as LLaVA uses it."""
     summary = "CLIP, as in LLaVA-1.5: penultimate layer, padded to a square"
-    return [VisionEncoderSpec(name="clip", describe=describe_clip, build=build_clip, summary=summary)]
+    return [
+        VisionEncoderSpec(name="clip", describe=describe_clip, build=build_clip, summary=summary, hub_option="path")
+    ]
 
 
 @hookimpl

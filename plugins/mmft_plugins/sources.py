@@ -10,7 +10,6 @@ stands before it is not taken for the whole. So is a `json` file with a syntax e
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from mmft_plugins._files import (
     read_one,
     refuse_encoding,
 )
-from mmft_plugins._json_stream import json_records
+from mmft_plugins._json_stream import is_cut_off, json_records
 from mmft_plugins._records import shown
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 NOT_JSON = "not JSON"  # as NOT_UTF8: the kind of a bad record
 JSON, JSONL = (".json",), (".jsonl", ".ndjson")
-# What is left, from the place of the error on, of a text that ends inside a literal, a number or an escape.
-_CUT_OFF = re.compile(r"t(ru?)?|f(a(ls?)?)?|n(ul?)?|N(aN?)?|-?I[nfity]*|-|[.eE][+-]?|\\?u[0-9a-fA-F]{0,4}")
 
 
 def json_files(path: Paths, field: str | None = None) -> list[Path]:
@@ -160,7 +157,7 @@ def _parse_line(line: bytes, file: Path, number: int, offset: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if last and _is_cut_off(text, error):
+        if last and is_cut_off(text[error.pos :], error.msg):
             raise _cut_off(file, number, offset, error.msg) from error
         return BadRecord(
             f"{NOT_JSON}: {where} column {error.pos + 1}: {error.msg} (the line starts at byte {offset}); "
@@ -168,12 +165,6 @@ def _parse_line(line: bytes, file: Path, number: int, offset: int) -> Any:
         )
     except RecursionError:
         return BadRecord(f"nested too deeply: {where} holds lists or objects in one another beyond what can be read")
-
-
-def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether a text that is not JSON could be the beginning of one that is."""
-    rest = text[error.pos :].strip()
-    return not rest or error.msg.startswith("Unterminated string") or _CUT_OFF.fullmatch(rest) is not None
 
 
 def _cut_off(file: Path, line: int, offset: int, how: str) -> DataError:

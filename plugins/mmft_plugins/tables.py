@@ -4,7 +4,6 @@ Nothing is guessed: every value of a text table is a string, every value of a pa
 it. Pictures inside a parquet file are written to the folder `extract_to`; other bytes are passed on.
 """
 
-import codecs
 import csv
 import json
 import re
@@ -17,15 +16,18 @@ from mmft.errors import DataError
 from mmft.specs import DatasetSpec
 from mmft.types import BadRecord, RawRecord
 from mmft_plugins._columns import check_columns, renamed
+from mmft_plugins._encodings import remedy_of
 from mmft_plugins._files import (
     BLOCK,
     NOT_UTF8,
     Paths,
     check_installed,
     find_files,
+    first_bytes,
     optional_package,
     read_one,
     refuse_encoding,
+    refuse_stand_in,
 )
 from mmft_plugins._pictures import with_paths
 from mmft_plugins._records import one_of, shown
@@ -72,8 +74,7 @@ def _read_table(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str
     if csv.field_size_limit() < LONGEST_FIELD:  # Python's own limit is 131,072 characters, less than a long document
         csv.field_size_limit(LONGEST_FIELD)
     # Bytes that are not UTF-8 become lone surrogates, so that their row is still found by its quotes and line breaks.
-    with file.open("rb") as beginning:
-        refuse_encoding(file, beginning.read(len(codecs.BOM_UTF32)))
+    refuse_encoding(file, first_bytes(file))
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
@@ -105,25 +106,23 @@ def _problem(where: str, row: list[str], header: list[str], delimiter: str) -> s
             f"{FIELDS}: {where} has {len(row)}, the header {len(header)} ({one_of(header)}): {shown(row)}; "
             f"a field that holds the delimiter {delimiter!r} or a line break stands in quotes"
         )
-    byte = _foreign_byte(row)
-    if byte is not None:
-        return f"{NOT_UTF8}: {where} holds the byte {byte:#04x}; save the file as UTF-8: iconv -f LATIN1 -t UTF-8"
-    return None
+    foreign = _foreign_byte(row)
+    return None if foreign is None else f"{NOT_UTF8}: {where} {foreign}"
 
 
-def _foreign_byte(row: list[str]) -> int | None:
-    """The first byte of a row that is not UTF-8."""
+def _foreign_byte(row: list[str]) -> str | None:
+    """What to say of the first byte of a row that is not UTF-8, and the remedy."""
+    data = "\n".join(row).encode("utf-8", "surrogateescape")
     try:
-        "".join(row).encode("utf-8")
-    except UnicodeEncodeError as error:
-        return ord(error.object[error.start]) - 0xDC00  # as surrogateescape writes it
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"holds the byte {data[error.start]:#04x}; {remedy_of(data)}"
     return None
 
 
 def _checked_header(file: Path, header: list[str], delimiter: str) -> list[str]:
-    byte = _foreign_byte(header)
-    if byte is not None:
-        raise DataError(f"{file} line 1: {NOT_UTF8}: it holds the byte {byte:#04x}; iconv -f LATIN1 -t UTF-8 mends it")
+    if foreign := _foreign_byte(header):
+        raise DataError(f"{file} line 1: {NOT_UTF8}: it {foreign}")
     other = _ONE_COLUMN.fullmatch(header[0]) if len(header) == 1 else None
     if other is not None and other[1] != delimiter:
         raise DataError(
@@ -174,7 +173,7 @@ def load_parquet_from(
     arrow, parquet = (optional_package(name, "parquet", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
     for file in parquet_files(path):
         try:
-            file.stat()  # its error is clearer than pyarrow's
+            refuse_stand_in(file, first_bytes(file))  # these errors are clearer than pyarrow's
             # By default a column of a whole row group is read at once, which may be the file.
             with parquet.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as opened:
                 rows = opened.metadata.num_rows

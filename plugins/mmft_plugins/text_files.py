@@ -52,7 +52,8 @@ def _read_text(file: Path, split: str | None) -> Iterator[tuple[str, RawRecord |
         try:
             yield "text", {"text": "".join(blocks), "path": str(file)}
         except DataError as error:
-            yield "text", BadRecord(f"{NOT_UTF8}: {str(error).replace(f': {NOT_UTF8} at', ' at', 1)}")
+            said = str(error).replace(f": {NOT_UTF8} at", " at", 1)
+            yield "text", BadRecord(f"{NOT_UTF8 if said != str(error) else 'not text'}: {said}")
         return
     for number, piece in enumerate(_pieces(blocks, split), 1):
         yield f"piece {number}", {"text": piece, "path": str(file)}

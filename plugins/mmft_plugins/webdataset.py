@@ -22,7 +22,17 @@ from mmft import hookimpl
 from mmft.errors import DataError
 from mmft.specs import DatasetSpec
 from mmft.types import BadRecord, RawRecord
-from mmft_plugins._files import NO_OBJECT, NOT_UTF8, Paths, find_files, kind, of_bytes
+from mmft_plugins._files import (
+    NO_OBJECT,
+    NOT_UTF8,
+    PACKED,
+    Paths,
+    find_files,
+    first_bytes,
+    kind,
+    of_bytes,
+    refuse_pointer,
+)
 from mmft_plugins.sources import NOT_JSON, load_jsonl, load_jsonl_from
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -124,8 +134,9 @@ def unpacked(shard: Path, extract_to: Path) -> Path:
 
 def _unpack(shard: Path, folder: Path) -> None:
     samples = 0
-    with shard.open("rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
+    start = first_bytes(shard)
+    refuse_pointer(shard, start)
+    gzipped = PACKED.get(start[:2]) == "gzip"
     with (
         tarfile.open(shard, "r:gz" if gzipped else "r:") as tar,
         (folder / RECORDS).open("w", encoding="utf-8") as records,

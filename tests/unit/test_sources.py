@@ -1,6 +1,7 @@
 """The `json` and `jsonl` sources."""
 
 import json
+import math
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -149,17 +150,31 @@ def test_an_empty_file_is_an_error(load: Callable[..., Any], write: Callable[...
         list(load(write("a", " \n\n")))
 
 
-@pytest.mark.parametrize("cut", [1, 9, 11, 15, 20, 25, 40])
-def test_a_truncated_json_file_is_said_to_be_cut_off(cut: int, write: Callable[..., Path]) -> None:
-    whole = '[{"text": "first"}, {"text": "second", "n": 12}]'
+WHOLE = '[{"text": "first"}, {"n": [-1.5e+2, true, NaN], "t": "s\\u0041", "u": null}]'
+
+
+@pytest.mark.parametrize("cut", range(1, len(WHOLE)))
+def test_a_json_file_that_ends_too_early_is_said_to_be_cut_off(cut: int, write: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"a.json: not JSON at column \d+: .*the file ends inside record \d.* cut off"):
-        list(load_json(write("a.json", whole[:-cut])))
+        list(load_json(write("a.json", WHOLE[:cut])))
 
 
-@pytest.mark.parametrize(("content", "column"), [("a,b\n1,2\n", 1), ('[{"a": 1} {"a": 2}]', 11), ('{"a" 1}', 6)])
-def test_what_is_not_json_is_not_said_to_be_cut_off(content: str, column: int, write: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=rf"a.json: not JSON at column {column}: [^;]*; mend the file there"):
-        list(load_json(write("a.json", content + " " * 40)))
+NOT_JSON = [
+    ('[{"a": 1} {"a": 2}]', "column 11"),
+    ('{"a" 1}', "column 6"),
+    ('[{"a": 1},\n {"a" 1},\n {"a": 3}]', "line 2 column 7"),
+    ('[{"a": 1}, {"a": oops}]', "column 18"),
+    ('[{"a": 1}, {"a": "b",}]', "column 2[12]"),  # of the comma, or behind it: as the version of Python says
+]
+
+
+@pytest.mark.parametrize("after", ["", " " * 40])
+@pytest.mark.parametrize(("content", "place"), NOT_JSON)
+def test_what_is_not_json_is_not_said_to_be_cut_off(
+    content: str, place: str, after: str, write: Callable[..., Path]
+) -> None:
+    with pytest.raises(DataError, match=rf"a.json: not JSON at {place}: [^;]*; mend the file there"):
+        list(load_json(write("a.json", content + after)))
 
 
 def test_a_syntax_error_is_found_at_its_line_and_not_taken_for_the_end(write: Callable[..., Path]) -> None:
@@ -199,6 +214,16 @@ STRANGE = [{"text": "\0 nul"}, {"text": "\ud800 alone"}, {"text": "x" * 2_000_00
 )
 def test_nul_lone_surrogate_and_two_megabytes_are_passed_on(load: Any, join: Any, write: Callable[..., Path]) -> None:
     assert list(load(write("a", join(STRANGE)))) == STRANGE
+
+
+@pytest.mark.parametrize("load", [load_json, load_jsonl])
+def test_numbers_and_keys_are_read_as_python_writes_and_reads_them(
+    load: Callable[..., Any], write: Callable[..., Path]
+) -> None:
+    text = '{"nan": NaN, "inf": -Infinity, "id": 18446744073709551616, "big": 1e400, "n": 1, "n": 0.1}'
+    (record,) = load(write("a", f"[{text}]" if load is load_json else text))
+    assert math.isnan(record.pop("nan"))
+    assert record == {"inf": -math.inf, "id": 2**64, "big": math.inf, "n": 0.1}  # of a key that stands twice the last
 
 
 def test_json_takes_the_list_that_field_names(write: Callable[..., Path]) -> None:

@@ -57,6 +57,17 @@ def test_a_folder_of_data_files_is_read_as_on_the_hub(streaming: bool, tmp_path:
     assert list(load_hf_from(5, str(tmp_path / "repo"), streaming=streaming)) == ROWS[5:]
 
 
+def test_a_clone_without_git_lfs_is_said_to_be_one(tmp_path: Path) -> None:
+    pointer = tmp_path / "repo" / "data" / "train-00000-of-00001.parquet"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError) as refused:
+        list(load_hf(str(tmp_path / "repo")))
+    assert str(refused.value) == (
+        f"{pointer}: not the file itself: a Git LFS pointer to it; fetch it with: git lfs pull"
+    )
+
+
 def picture(red: int, quality: int = 30) -> bytes:
     """A JPEG that no second encoding would give again."""
     out = io.BytesIO()
