@@ -8,13 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -26,6 +31,7 @@ Level = Literal["ok", "note", "problem"]
 GIB = 2**30
 LOW_DISK = 5 * GIB  # a 1B model's checkpoints with its optimizer; one of 7B needs more
 LOW_MEMORY = 4 * GIB
+PATIENCE = 5.0  # seconds that the hub has for an answer
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
 
 
@@ -59,18 +65,19 @@ def examine(plugins: Plugins, *, work_dir: Path = Path("work_dirs"), low_disk: i
 def packages() -> Iterator[Finding]:
     """Python and each package of mmft's metadata: needed ones must be there, optional ones fit where they are."""
     yield Finding("python", "ok", sys.version.split()[0])
-    seen: set[str] = set()
     try:
         listed = [Requirement(line) for line in requires("mmft") or ()]
     except PackageNotFoundError:
         yield Finding("mmft", "problem", "not installed as a package", "pip install -e . in its folder")
         return
+    sizes = Counter(map(_extra, listed))
+    wanted: dict[str, list[Requirement]] = {}
     for requirement in listed:
-        extra = _extra(requirement)
-        if requirement.name in seen or extra == "dev":
-            continue
-        seen.add(requirement.name)
-        yield from _package(requirement, extra)
+        if _extra(requirement) != "dev":
+            wanted.setdefault(requirement.name, []).append(requirement)
+    for wishes in wanted.values():
+        extras = sorted(set(map(_extra, wishes)), key=lambda extra: (sizes[extra], extra))
+        yield from _package(wishes[0], [] if "" in extras else extras)
 
 
 def _extra(requirement: Requirement) -> str:
@@ -79,19 +86,21 @@ def _extra(requirement: Requirement) -> str:
     return marker.split("extra ==")[1].strip().strip("\"'") if "extra ==" in marker else ""
 
 
-def _package(requirement: Requirement, extra: str) -> Iterator[Finding]:
+def _package(requirement: Requirement, extras: list[str]) -> Iterator[Finding]:
+    """One package; `extras` are those that need it, the one with the fewest packages first, none where mmft does."""
     name, bounds = requirement.name, str(requirement.specifier) or "any version"
     install = f"pip install '{name}{requirement.specifier}'"
     try:
         installed = Version(version(name))
     except PackageNotFoundError:
-        if extra:
-            yield Finding(name, "note", f"not installed; only needed for mmft[{extra}]", f"pip install 'mmft[{extra}]'")
+        if extras:
+            needed = ", ".join(f"mmft[{extra}]" for extra in extras)
+            yield Finding(name, "note", f"not installed; only needed for {needed}", f"pip install 'mmft[{extras[0]}]'")
         else:
             yield Finding(name, "problem", f"not installed; mmft needs {bounds}", install)
         return
     if not requirement.specifier.contains(installed, prereleases=True):
-        level: Level = "note" if extra else "problem"
+        level: Level = "note" if extras else "problem"
         yield Finding(name, level, f"{installed} is outside of what was tested: {bounds}", install)
     else:
         yield Finding(name, "ok", f"{installed} ({bounds})")
@@ -267,8 +276,33 @@ def environment() -> Iterator[Finding]:
     offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE[:3])
     if offline:
         yield Finding("hub", "note", f"offline: {', '.join(found)}", "unset it to fetch models by name")
+        return
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    told = f" ({', '.join(found)})" if found else ""
+    if why := _unreached(url):
+        remedy = "give models as folders, set HF_ENDPOINT to a mirror that is reached, or model.hub='modelscope'"
+        yield Finding("hub", "note", f"{url} is not reached: {why}{told}; models cannot be fetched by name", remedy)
     else:
-        yield Finding("hub", "ok", ", ".join(found) or "models may be fetched by name")
+        yield Finding("hub", "ok", f"{url} answers{told}")
+
+
+def _unreached(url: str) -> str:
+    """Why a server does not answer; an empty string where it does, whatever it says. Asked for a few seconds only."""
+    found = [f"no answer in {PATIENCE:g} seconds"]
+
+    def ask() -> None:
+        try:
+            with urlopen(Request(url, method="HEAD"), timeout=PATIENCE):
+                found[:] = [""]
+        except HTTPError:  # it answers, if not to us
+            found[:] = [""]
+        except (OSError, ValueError, HTTPException) as error:
+            found[:] = [_first(error)]
+
+    asking = Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    asking.start()
+    asking.join(PATIENCE)
+    return found[0]
 
 
 def broken_plugins(plugins: Plugins) -> Iterator[Finding]:

@@ -5,9 +5,12 @@ what to do. The command line prints that line and exits 2; any other exception i
 traceback. All of them survive pickling, because DataLoader workers raise them too.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+SLIP, ALIKE = 0.92, 0.61  # difflib's ratio; below the second, short names resemble anything
 
 
 class MmftError(Exception):
@@ -64,11 +67,41 @@ class ConfigError(MmftError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return str(self.problems[0])
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        return f"{len(self.problems)} problems in the config:\n{lines}"
+        lines = [line for problem in self.problems for line in f"  - {problem}".splitlines()]
+        notes = {line: index for index, line in reversed(list(enumerate(lines))) if line.lstrip().startswith("note: ")}
+        once = [line for index, line in enumerate(lines) if notes.get(line, index) == index]
+        return "\n".join([f"{len(self.problems)} problems in the config:", *once])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the closest of the known names, or an empty string."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = closest(name, known)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def closest(name: str, known: Iterable[str], number: int = 1) -> list[str]:
+    """The known names that a person may have meant, the likeliest first, at most so many.
+
+    First a slip of the pen; then a name that goes on where this one ends (`llama3`: `llama3_chat`, and other versions
+    such as `llama3_1` after it); then the longest name that is in this one (`alpaca_map_fn`: `alpaca`); then one that
+    is spelled alike. Case, and what stands between words, make no difference.
+    """
+    typed = _words(name)
+    by_words = {_words(one): one for one in sorted(known)}
+    spelled = {"_".join(words): one for words, one in by_words.items()}
+
+    def alike(cutoff: float) -> list[str]:
+        return [spelled[text] for text in get_close_matches("_".join(typed), spelled, number, cutoff)]
+
+    longer = [words for words in by_words if typed and words[: len(typed)] == typed and words != typed]
+    longer.sort(key=lambda words: (words[len(typed)][0].isdigit(), len("".join(words))))
+    places = {words: [at for at in range(len(typed)) if typed[at : at + len(words)] == words] for words in by_words}
+    within = sorted(
+        (words for words in by_words if words and places[words]), key=lambda words: (len("".join(words)), places[words])
+    )
+    found = [*alike(SLIP), *(by_words[words] for words in (*longer, *reversed(within))), *alike(ALIKE)]
+    return list(dict.fromkeys(found))[:number]
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\W_]+", name.lower()) if word)

@@ -11,6 +11,8 @@ from typing import Any
 
 from mmft.config import LLM, Model, Use
 from mmft.errors import ModelError
+from mmft.foreign_paths import windows_hint
+from mmft.plugins import Plugins
 
 HUGGINGFACE, MODELSCOPE = "huggingface", "modelscope"
 
@@ -84,7 +86,7 @@ def named_from(model: Model, folder: Path) -> Model:
 
 
 def _with_paths(model: Model, change: Callable[[str], str]) -> Model:
-    """The model with each path or name of a part changed."""
+    """The model with each path or name of a part changed; a plugin's own `path` changes only where it is a folder."""
     model = model.model_copy(update={"llm": model.llm.model_copy(update={"path": change(model.llm.path)})})
     if model.vision and isinstance(path := model.vision.encoder.options.get("path"), str):
         encoder = Use(name=model.vision.encoder.name, options={**model.vision.encoder.options, "path": change(path)})
@@ -92,12 +94,21 @@ def _with_paths(model: Model, change: Callable[[str], str]) -> Model:
     return model
 
 
-def encoder_options(encoder: Use, hub: str) -> dict[str, Any]:
-    """The options of a vision encoder, with a ModelScope name under `path` replaced by its folder."""
-    options = dict(encoder.options)
-    if isinstance(options.get("path"), str):
-        options["path"] = model_folder("model.vision.encoder.path", options["path"], hub, options.get("revision"))
+def encoder_options(encoder: Use, plugins: Plugins, hub: str) -> dict[str, Any]:
+    """The options of a vision encoder, with a ModelScope name, where it takes one, replaced by its folder."""
+    options, option = dict(encoder.options), plugins.vision_encoders.get(encoder.name).hub_option
+    if option and isinstance(name := options.get(option), str):
+        options[option] = model_folder(f"model.vision.encoder.{option}", name, hub, options.get("revision"))
     return options
+
+
+def encoder_path(model: Model) -> str:
+    """Where the vision encoder of a model comes from, as far as its config alone tells; empty where it does not.
+
+    For what compares and protects models whose plugins may not be installed here: it goes by `path`, the usual name.
+    """
+    path = model.vision.encoder.options.get("path") if model.vision else None
+    return str(path or "")
 
 
 def load_tokenizer(llm: LLM, hub: str = HUGGINGFACE, folder: Path | None = None) -> Any:
@@ -139,14 +150,32 @@ def failed(where: str, name: str | Path, hub: str, error: Exception, what: str =
 
 
 def missing(where: str, name: str | Path, hub: str, error: Exception) -> str:
-    """One line that names both causes a missing model can have, the likelier first."""
+    """One line that names the causes a missing model can have, and what to do about each."""
     if looks_like_path(str(name)):
-        return f"{where}: the folder {name} does not exist; give a folder saved by save_pretrained, or a name on {hub}"
+        hint = windows_hint(str(name)) or f"give a folder saved by save_pretrained, or a name on {hub}"
+        return f"{where}: the folder {name} does not exist; {hint}"
+    lead = f"{where}: {str(name)!r} is no folder and was not found on {hub}: "
     if is_offline():
         other = "offline mode is on (HF_HUB_OFFLINE=1) and it was never downloaded here; correct it or go online once"
+    elif hub != HUGGINGFACE:
+        other = f"{hub} cannot be reached ({_first_line(error)[:100]}); correct it, or go online"
+    elif _is_unknown(error):
+        return f"{lead}the name is wrong, or the model is private: hf auth login"
     else:
-        other = f"{hub} cannot be reached ({_first_line(error)}); correct it, log in if it is private, or go online"
-    return f"{where}: {str(name)!r} is no folder and was not found on {hub}: either the name is wrong, or {other}"
+        from huggingface_hub import constants
+
+        switch = "set model.hub='modelscope'" if where.startswith("model.") else "give a folder from ModelScope"
+        other = f"{constants.ENDPOINT} cannot be reached; set HF_ENDPOINT to a mirror, or {switch}"
+    return f"{lead}either the name is wrong, or {other}"
+
+
+def _is_unknown(error: BaseException | None) -> bool:
+    """Whether the hub answered, and has no such model for this user."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    while error is not None and not isinstance(error, RepositoryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def looks_like_path(name: str) -> bool:

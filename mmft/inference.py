@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mmft.data.shape import Shape, describe_model
 from mmft.data.tokenize import tokenize
-from mmft.errors import CheckpointError, DataError, MmftError
+from mmft.errors import DataError, MmftError
+from mmft.folders import find_model as find_model
 from mmft.generation import Generation as Generation
 from mmft.generation import Writer, cut_at
 from mmft.images import open_image
 from mmft.memory import Memory, Usage
 from mmft.modeling.build import build_model
-from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
+from mmft.modeling.checkpoint import as_trained, read_manifest
 from mmft.modeling.llava import LlavaModel
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
@@ -196,6 +197,7 @@ def load_assistant(
     Raises `CheckpointError` for a damaged folder and `ModelError` where the base model is not found.
     """
     manifest = read_manifest(folder)
+    plugins = as_trained(folder, manifest, plugins)
     changes = {k: v for k, v in (("path", llm), ("quantization", quantization)) if v is not None}
     model = manifest.model.model_copy(update={"llm": manifest.model.llm.model_copy(update=changes)})
     try:
@@ -209,29 +211,11 @@ def load_assistant(
             device=device,
             weights=folder,
         )
+        template = plugins.chat_templates.get(chat_template or manifest.chat_template)
     except MmftError as error:
         raise type(error)(f"{folder}: {error}") from error
-    template = plugins.chat_templates.get(chat_template or manifest.chat_template)
     try:
         bound = template.for_tokenizer(shape.tokenizer.hf)
     except MmftError as error:  # a base model, trained on documents
         raise type(error)(f"{folder}: {error}; for chat: --prompt-template NAME") from error
     return Assistant(built.eval(), shape, bound)
-
-
-def find_model(reference: str | None, work_dirs: Path = Path("work_dirs")) -> Path:
-    """The model folder behind a folder, a run, or nothing (the newest finished run under work_dirs).
-
-    Raises `CheckpointError` where there is none.
-    """
-    if reference is None:
-        finished = sorted(work_dirs.glob(f"**/final/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-        if not finished:
-            raise CheckpointError(f"no finished run under {work_dirs}; name a model folder or a run")
-        return finished[-1].parent
-    folder = Path(reference)
-    for candidate in (folder, folder / "final", *checkpoints(folder)):
-        if (candidate / MANIFEST).is_file():
-            return candidate
-    found = "holds no model (no mmft.json, no final/, no checkpoint)" if folder.is_dir() else "does not exist"
-    raise CheckpointError(f"{reference} {found}; give a run's folder, its final/, or a checkpoint")

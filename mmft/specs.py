@@ -98,13 +98,16 @@ class VisionEncoderSpec:
     """A vision encoder. `describe(**options)` reads configuration only; `build(**options)` loads the weights.
 
     The module maps float[N, 3, H, W] to float[N, num_patches, hidden_size]. Both functions take the same options.
-    Added in 0.1.
+
+    `hub_option` is the option, if any, that takes a folder saved by save_pretrained or a name on a hub: mmft checks the
+    folder, and looks the name up, on ModelScope too. All other options are the plugin's own business. Added in 0.1.
     """
 
     name: str
     describe: Callable[..., VisionInfo]
     build: Callable[..., "nn.Module"]
     summary: str = ""
+    hub_option: str | None = None
 
 
 def same_number(num_patches: int, **options: Any) -> int:

@@ -14,16 +14,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from mmft.config import LLM, Model, Use, Vision
+from mmft.data.proof import prove_template
 from mmft.data.shape import Shape, describe_model
 from mmft.errors import CheckpointError, MmftError, ModelError
 from mmft.hf_llava import LLAVA, load_hf_llava
 from mmft.hub import failed, load_tokenizer, looks_like_path
 from mmft.inference import PRECISIONS, Assistant, find_model, load_assistant
 from mmft.modeling.build import build_model
-from mmft.modeling.checkpoint import MANIFEST, checkpoints, read_manifest
+from mmft.modeling.checkpoint import MANIFEST, as_trained, checkpoints, read_manifest
 from mmft.modeling.llava import LlavaModel
 from mmft.modeling.llm import choose_device, compute_dtype
 from mmft.plugins import Plugins
+from mmft.specs import ChatTemplate
 
 log = logging.getLogger("mmft")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -155,6 +157,10 @@ def _from_adapter(choice: ModelChoice, plugins: Plugins, device: torch.device, f
 def _put_on(model: LlavaModel, folder: str) -> None:
     from peft import PeftModel
 
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"--adapter {folder}: no such folder; give a folder with {ADAPTER_CONFIG}")
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"--adapter {folder}: holds no {ADAPTER_CONFIG}; give a PEFT adapter folder")
     try:
         model.llm = PeftModel.from_pretrained(model.llm, folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -168,6 +174,9 @@ def _from_parts(choice: ModelChoice, plugins: Plugins, device: torch.device) -> 
         given = {"--llm": llm, "--vision-encoder": encoder, "--projector": projector}
         absent = [name for name, value in given.items() if not value]
         raise ModelError(f"a model of parts needs --llm, --vision-encoder and --projector; missing: {absent[0]}")
+    beside = Path(projector) if Path(projector).is_dir() else Path(projector).parent
+    if (beside / MANIFEST).is_file():
+        plugins = as_trained(beside, read_manifest(beside, verify=False), plugins)
     vision = _vision(choice, plugins, encoder, Path(projector), _config_of(llm))
     config = Model(llm=_llm(choice, llm), vision=vision)
     shape = describe_model(config, plugins)
@@ -245,4 +254,13 @@ def _assistant(choice: ModelChoice, plugins: Plugins, model: LlavaModel, shape: 
     except MmftError as error:
         known = "NAME (vicuna for LLaVA-1.5)" if shape.vision else "NAME"
         raise type(error)(f"{error}; for chat: --prompt-template {known}") from error
+    if choice.prompt_template and shape.tokenizer.hf.chat_template:
+        _note_difference(template, shape)
     return Assistant(model.eval(), shape, bound)
+
+
+def _note_difference(template: ChatTemplate, shape: Shape) -> None:
+    """One line where the template that was asked for is not the model's own; training refuses such a one."""
+    if prove_template(template, shape.tokenizer):
+        told = "%r is not the chat template this model was made with; leave --prompt-template out for the model's own"
+        log.warning(told, template.name)

@@ -9,7 +9,9 @@ import warnings
 import click
 
 from mmft.cli import convert, convert_gguf, convert_push, convert_xtuner, data, data_files, machine, runs, serve, talk
+from mmft.cli.from_xtuner import option_advice, verb_advice
 from mmft.cli.shared import loaded_plugins
+from mmft.errors import MmftError, PluginError, UnknownName
 
 
 class Commands(click.Group):
@@ -26,9 +28,25 @@ class Commands(click.Group):
             self._add_plugin_commands()
         return super().get_command(ctx, name)
 
-    def _add_plugin_commands(self) -> None:
-        from mmft.errors import PluginError
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a verb of XTuner's that nobody offers is an `UnknownName` that says what to type here."""
+        if (advice := verb_advice(args[0])) and self.get_command(ctx, args[0]) is None:
+            raise UnknownName(advice)
+        return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> object:
+        """As click does; an option of XTuner's is an `UnknownName` that says what to type here."""
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            words = error.ctx.command_path.removeprefix(ctx.command_path).strip() if error.ctx else ""
+            if advice := option_advice(words, error.option_name):
+                raise UnknownName(advice) from None
+            raise
+
+    def _add_plugin_commands(self) -> None:
         ours = dict(self.commands)
         try:
             loaded_plugins().call("mmft_add_commands", cli=self)
@@ -39,8 +57,6 @@ class Commands(click.Group):
 
 def main() -> None:
     """Run the command line: 0 when all went well, 2 for what the user can mend, a traceback for a bug of ours."""
-    from mmft.errors import MmftError
-
     debug = "--debug" in sys.argv
     _quiet()
     try:
@@ -85,7 +101,7 @@ def _is_no_attempt(record: logging.LogRecord) -> bool:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--plugin", multiple=True, help="Also load this Python module as a plugin (my_map.py).")
+@click.option("--plugin", multiple=True, help="Also load this Python file or module as a plugin (my_map.py).")
 @click.version_option(package_name="mmft")
 def cli(plugin: tuple[str, ...]) -> None:
     """Turn a language model into one that sees.

@@ -44,8 +44,13 @@ def xtuner_config(old: Path, new: Path | None, overwrite: bool) -> int:
             click.echo(f"{title}:")
         for line in lines:
             click.echo(f"  - {line}")
-    if not report.edits:
-        click.echo(f"nothing to do by hand; next: mmft check {target}" if problems else f"next: mmft train {target}")
+    left = [title for title, lines in (("to do by hand", report.edits), ("mmft check finds", problems)) if lines]
+    if left:
+        click.echo(
+            f"next: mend in {target} what stands under {' and '.join(map(repr, left))}; then mmft check {target}"
+        )
+    else:
+        click.echo(f"nothing to do by hand; next: mmft train {target}")
     return 1 if report.edits else 0
 
 

@@ -101,7 +101,7 @@ def data_check(
     """
     from rich.console import Console
 
-    from mmft.data.argument import is_data_file, report_name
+    from mmft.data.argument import is_data_file, refuse_missing, report_name
     from mmft.data.check import bars, check_config_data
     from mmft.data.check_file import FileOptions, check_file
     from mmft.data.check_report import terminal_lines, write_report
@@ -121,6 +121,7 @@ def data_check(
             report = check_file(path, plugins, options, progress)
             folder = Path("work_dirs/check") / report_name(path)
         else:
+            refuse_missing(config_or_file)
             _refuse_file_options(context)
             config = loaded_config(config_or_file, settings, plugins)
             report = check_config_data(config, plugins, progress, decode=decode)

@@ -26,7 +26,10 @@ def plan(config: str, settings: tuple[str, ...], gpu: str | None, probe: bool, n
     modules = tuple(click.get_current_context().find_root().params.get("plugin") or ())
     from mmft.plan import report
 
-    found = report.make_report(chosen, loaded, gpu=gpu, with_probe=probe, modules=modules, processes=nproc)
+    found = report.make_report(
+        chosen, loaded, gpu=gpu, with_probe=probe, modules=modules, processes=nproc,
+        say=lambda text: click.echo(f"{text} ...", err=True),
+    )  # fmt: skip
     lines = [json.dumps(report.as_json(found), indent=2)] if as_json else report.lines_of(found)
     for line in lines:
         click.echo(line)

@@ -74,10 +74,16 @@ def train(
 @SET
 def check(config: str, settings: tuple[str, ...]) -> None:
     """Find everything wrong with a config, without reading a weight."""
-    from mmft.config.check import check_config
+    from mmft.config.check import find_problems
+    from mmft.data.check_format import format_problems
+    from mmft.errors import ConfigError
 
     plugins = loaded_plugins()
-    check_config(loaded_config(config, settings, plugins), plugins)
+    loaded = loaded_config(config, settings, plugins)
+    problems = list(find_problems(loaded, plugins))
+    problems += format_problems(loaded, plugins, problems)
+    if problems:
+        raise ConfigError(problems)
     click.echo(f"{config}: no problem found")
 
 
@@ -91,17 +97,23 @@ def show(config: str, settings: tuple[str, ...]) -> None:
     click.echo(dump_config(loaded_config(config, settings, loaded_plugins())))
 
 
+ONE_A_KIND = ", as mmft has one config for each kind of run, not for each model: copy one, then set model.llm.path"
+
+
 @click.command("list-cfg")
 @click.option("-p", "--pattern", default="", help="Only names or summaries that hold this text.")
 def list_cfg(pattern: str) -> None:
     """List the shipped configs."""
+    from mmft.config.foreign import xtuner_name_hint
     from mmft.config.load import list_configs
+    from mmft.errors import UnknownName, did_you_mean
 
-    rows = [
-        (c.name, c.summary)
-        for c in list_configs(loaded_plugins())
-        if pattern.lower() in f"{c.name} {c.summary}".lower()
-    ]
+    configs = list(list_configs(loaded_plugins()))
+    rows = [(c.name, c.summary) for c in configs if pattern.lower() in f"{c.name} {c.summary}".lower()]
+    if not rows:
+        names = [c.name for c in configs]
+        hint = xtuner_name_hint(pattern, names) or did_you_mean(pattern, names) or ONE_A_KIND
+        raise UnknownName(f"no config matches {pattern!r}{hint}; see: mmft list-cfg")
     print_rows([("NAME", "WHAT"), *rows])
 
 

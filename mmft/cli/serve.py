@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from mmft.cli.shared import loaded_plugins
-from mmft.cli.talk import MODEL, MODEL_OPTIONS, SAMPLING_OPTIONS
+from mmft.cli.talk import MODEL, MODEL_OPTIONS, SAMPLING_OPTIONS, look_first
 
 
 @click.command()
@@ -38,6 +38,7 @@ def serve(model: str | None, engine: str, **options: Any) -> None:
         context, default = click.get_current_context(), ParameterSource.DEFAULT
         given = {name: value for name, value in options.items() if context.get_parameter_source(name) != default}
         run(*command(engine, model, given))
+    look_first({"model": model, **options})
     from dataclasses import fields
 
     from mmft.chat.loading import ModelChoice, load_choice

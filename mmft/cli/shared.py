@@ -1,8 +1,5 @@
 """What several commands need: loaded plugins, a loaded config, rows of text."""
 
-import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,22 +13,18 @@ SET = click.option("--set", "settings", multiple=True, metavar="A.B.C=VALUE", he
 
 
 def loaded_plugins() -> "Plugins":
-    """All plugins, those named by `--plugin` included."""
-    from mmft.errors import PluginError
-    from mmft.plugins import load_plugins
+    """All plugins, those named by `--plugin` included; of these one that does not load is a warning, once a command."""
+    from mmft.plugins import load_plugins, named_module
 
     context = click.get_current_context(silent=True)
     names = (context.find_root().params.get("plugin") or ()) if context else ()
-    modules = []
-    for name in names:
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            modules.append(importlib.import_module(name.removesuffix(".py")))
-        except Exception as error:
-            raise PluginError(f"--plugin {name}: {error}") from error
-        finally:
-            sys.path.pop(0)
-    return load_plugins(modules)
+    plugins = load_plugins([named_module(name) for name in names])
+    told = context.meta.setdefault(__name__, set()) if context else set()
+    for plugin in plugins.broken:
+        if not plugin.distribution and plugin.name not in told:
+            told.add(plugin.name)
+            click.echo(f"mmft: warning: {plugin.origin} did not load: {plugin.error}", err=True)
+    return plugins
 
 
 def loaded_config(config: str, settings: tuple[str, ...], plugins: "Plugins") -> "TrainConfig":

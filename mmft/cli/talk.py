@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmft.cli.data_files import options_of, source_options
 from mmft.cli.shared import loaded_plugins, print_rows
 
 if TYPE_CHECKING:
@@ -68,6 +69,23 @@ def _tools(options: dict[str, Any]) -> list[str]:
     return names
 
 
+def look_first(options: dict[str, Any]) -> None:
+    """What needs no model, and not torch either, to be found wrong: a picture that is not there, and no run to take.
+
+    Raises `MmftError` for the first of them.
+    """
+    from mmft.errors import DataError
+    from mmft.folders import find_model
+    from mmft.foreign_paths import windows_hint
+
+    for image in options.get("images", ()):
+        if not image.exists():
+            hint = windows_hint(str(image))
+            raise DataError(f"--image {image}: no such file" + (f"; {hint}" if hint else ""))
+    if not any(options[name] for name in ("model", "adapter", "vision_encoder", "projector")):
+        find_model(None)
+
+
 def _assistant(options: dict[str, Any]) -> "Assistant":
     """Load what the model options name, and take those out of the options."""
     from dataclasses import fields
@@ -116,6 +134,7 @@ def chat(system: str | None, system_template: str | None, **options: Any) -> int
     MODEL is a run, its final/ folder, a checkpoint, a PEFT adapter, or a text or LLaVA model of transformers by folder
     or name. A pipe's lines are questions and commands. Only answers go to stdout; the exit code is 2 if a line failed.
     """
+    look_first(options)
     from mmft.chat.terminal import run_terminal
 
     generation, text, tools = _generation(options), _system(system, system_template), _tools(options)
@@ -145,6 +164,7 @@ def web(compare: str | None, system: str | None, system_template: str | None, **
     The sampling options are what the page begins with. Passwords are best given in MMFT_WEB_AUTH (several with spaces
     between), where a list of processes does not show them. --device, --dtype and --bits hold for both models.
     """
+    look_first(options)
     from mmft.chat.loading import ModelChoice
     from mmft.chat.web.options import PageOptions, ServeOptions, example_pictures
     from mmft.chat.web.server import bind, load_seats, serve
@@ -165,21 +185,54 @@ def web(compare: str | None, system: str | None, system_template: str | None, **
 
 @click.command("eval")
 @click.argument("model")
-@click.argument("questions", type=FILE)
-@click.option("--data-map", default="llava", show_default=True)
-@click.option("--image-folder", type=FILE)
-@click.option("--training", type=FILE, help="Training file, for the most-frequent-answer line.")
-@click.option("--training-image-folder", type=FILE)
-@click.option("--limit", type=int, help="A fixed random choice of so many questions.")
-@click.option("--batch-size", default=32, show_default=True)
+@click.argument("file", type=FILE)
+@click.option("--data-map", help="Read FILE with this data map instead of the one it looks like.")
+@source_options
+@click.option("--image-folder", type=FILE, help="Where the image paths of FILE start.")
+@click.option("--training", type=FILE, help="Training file, for the most-frequent-answer line; read as FILE is.")
+@click.option("--training-image-folder", type=FILE, help="Where its image paths start, if not where those of FILE do.")
+@click.option("--limit", type=click.IntRange(1), help="A fixed random choice of so many questions.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--ask-first", help="Open each conversation with this, answered by the model itself.")
 @click.option("--out", type=FILE, help="Write eval.json and answers.jsonl into this folder.")
 @MODEL_OPTIONS
-def evaluate(out: Path | None, **options: Any) -> None:
-    """Exact-match accuracy on the questions of a file, each asked on its own."""
-    from mmft.evaluate.exact_match import evaluate_files, write_result
+def evaluate(
+    file: Path,
+    data_map: str | None,
+    source: str | None,
+    source_option: tuple[str, ...],
+    extract_to: Path | None,
+    image_folder: Path | None,
+    training: Path | None,
+    training_image_folder: Path | None,
+    limit: int | None,
+    batch_size: int,
+    ask_first: str | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Exact-match accuracy on the questions of a file, each asked on its own.
 
-    result = evaluate_files(_assistant(options), loaded_plugins(), **options)
+    FILE is what `mmft data check` reads: a file, a folder or a glob, in any format and of any data source.
+    """
+    from mmft.evaluate.exact_match import Question, file_dataset, read_questions, write_result
+    from mmft.evaluate.exact_match import evaluate as ask
+
+    def read(path: Path, folder: Path | None) -> list[Question]:
+        dataset = file_dataset(
+            path, plugins, data_map=data_map, source=source, source_options=options_of(source_option, extract_to),
+            image_folder=folder,
+        )  # fmt: skip
+        found = read_questions(dataset, plugins)
+        click.echo(f"{path}: {len(found):,} questions, read as {dataset.data_map}", err=True)
+        return found
+
+    plugins = loaded_plugins()
+    questions = read(file, image_folder)
+    known = read(training, training_image_folder or image_folder) if training else []
+    result = ask(
+        _assistant(options), questions, training=known, limit=limit, batch_size=batch_size, ask_first=ask_first
+    )  # fmt: skip
     print_rows(result.table())
     if out:
         write_result(result, out)

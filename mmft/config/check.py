@@ -11,8 +11,10 @@ from mmft.config.check_engine import engine_problems
 from mmft.config.check_evaluation import evaluation_problems
 from mmft.config.check_methods import method_problems
 from mmft.config.check_streaming import streaming_problems
+from mmft.config.picture import describe_encoder, num_tokens
 from mmft.config.schema import LLM, Dataset, TrainConfig, Use, Vision
 from mmft.errors import ConfigError, MmftError, Problem, did_you_mean
+from mmft.foreign_paths import windows_hint
 from mmft.plugins import Catalog, Plugins
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -96,7 +98,8 @@ def model_path_problems(where: str, path: str) -> Iterator[Problem]:
         if not (local / "config.json").is_file():
             yield Problem(where, f"{path} has no config.json", "give a folder saved by save_pretrained, or a hub id")
     elif not HUB_ID.fullmatch(path) or path.startswith("."):
-        yield Problem(where, f"{path} does not exist", "give a folder saved by save_pretrained, or a hub id")
+        hint = windows_hint(path) or "give a folder saved by save_pretrained, or a hub id"
+        yield Problem(where, f"{path} does not exist", hint)
 
 
 def _picture_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
@@ -108,7 +111,7 @@ def _picture_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> 
         "model.vision.projector", plugins.projectors, vision.projector, lambda spec: spec.build, (1, 1)
     )
     if encoder:
-        yield from _describe_problems(config, vision, encoder, projector)
+        yield from _describe_problems(config, vision, projector, plugins)
 
 
 def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> Iterator[Problem]:
@@ -126,17 +129,20 @@ def _vision_problems(config: TrainConfig, vision: Vision, plugins: Plugins) -> I
         yield Problem("model.vision.feature_cache", "features of an encoder that trains cannot be cached", "drop one")
 
 
-def _describe_problems(config: TrainConfig, vision: Vision, encoder: Any, projector: Any) -> Iterator[Problem]:
+def _describe_problems(config: TrainConfig, vision: Vision, projector: Any, plugins: Plugins) -> Iterator[Problem]:
     """What the encoder's own configuration says: a path that is not there, a size that does not fit."""
-    path = str(vision.encoder.options.get("path", ""))
-    found = list(model_path_problems("model.vision.encoder.path", path)) if path else []
-    yield from found
-    if found or (path and not Path(path).is_dir()):
-        return
+    options, option = dict(vision.encoder.options), plugins.vision_encoders.get(vision.encoder.name).hub_option
+    if name := str(options.get(option, "")) if option else "":
+        found = list(model_path_problems(f"model.vision.encoder.{option}", name))
+        yield from found
+        local = Path(name).expanduser()
+        if found or not local.is_dir():  # the hub would have to be asked
+            return
+        options[str(option)] = str(local)
     try:
-        info = encoder.describe(**vision.encoder.options)
-        tokens = projector.num_tokens(info.num_patches, **vision.projector.options) if projector else info.num_patches
-    except (MmftError, OSError, ValueError, TypeError) as error:
+        info = describe_encoder(vision, plugins, options)
+        tokens = num_tokens(vision, plugins, info) if projector else info.num_patches
+    except (MmftError, ValueError) as error:
         yield Problem("model.vision", str(error))
         return
     if tokens >= config.data.max_length:
@@ -155,10 +161,12 @@ def _dataset_problems(where: str, dataset: Dataset, plugins: Plugins) -> Iterato
         except (MmftError, TypeError, ValueError) as error:
             yield Problem(f"{where}.source", str(error))
         else:
-            yield from (Problem(f"{where}.source", f"{path} does not exist") for path in missing)
+            for path in missing:
+                yield Problem(f"{where}.source", f"{path} does not exist", windows_hint(str(path)))
     yield from _name_problems(f"{where}.data_map", plugins.data_maps, dataset.data_map)
     if dataset.image_folder and not dataset.image_folder.is_dir():
-        yield Problem(f"{where}.image_folder", f"{dataset.image_folder} is not a folder")
+        hint = windows_hint(str(dataset.image_folder))
+        yield Problem(f"{where}.image_folder", f"{dataset.image_folder} is not a folder", hint)
     if dataset.system_text is not None:
         yield from _name_problems(f"{where}.system_text", plugins.system_texts, dataset.system_text)
         if dataset.system is not None:
@@ -214,7 +222,8 @@ def _runtime_problems(config: TrainConfig) -> Iterator[Problem]:
     if runtime.sample_steps and not runtime.samples:
         yield Problem("runtime.sample_steps", "there is nothing to ask", "give runtime.samples")
     for package in runtime.report_to:
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a folder of this name, which W&B itself makes, is no package
             yield Problem("runtime.report_to", f"{package} is not installed", f"pip install {package}")
 
 

@@ -18,7 +18,7 @@ def is_xtuner_config(path: Path) -> bool:
     The second form is what XTuner itself writes into a work folder. The file is parsed, not run.
     """
     try:
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = ast.parse(path.read_text("utf-8", errors="replace"))
     except (SyntaxError, ValueError, OSError):
         return False
     bound: set[str] = set()

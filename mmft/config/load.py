@@ -18,6 +18,7 @@ from mmft import __version__
 from mmft.config.foreign import refuse_xtuner_config, xtuner_name_hint
 from mmft.config.schema import TrainConfig, Use
 from mmft.errors import AmbiguousName, ConfigError, Problem, UnknownName, did_you_mean
+from mmft.foreign_paths import windows_hint
 from mmft.plugins import Plugins
 
 _MISSING = object()
@@ -46,7 +47,8 @@ def find_config(reference: str, plugins: Plugins) -> Path:
     if path.suffix in (".py", ".json"):
         if path.is_file():
             return path
-        raise ConfigError([Problem(reference, "no such file", "give a .py or .json config, or a name of `list-cfg`")])
+        hint = windows_hint(reference) or "give a .py or .json config, or a name of `list-cfg`"
+        raise ConfigError([Problem(reference, "no such file", hint)])
     if path.is_dir() and (path / "config.json").is_file():
         return path / "config.json"
     qualifier, _, short = reference.rpartition("/")
@@ -55,6 +57,8 @@ def find_config(reference: str, plugins: Plugins) -> Path:
     if len(found) > 1:
         choices = ", ".join(f"{c.plugin}/{c.name}" for c in found)
         raise AmbiguousName(f"config {short!r} is offered by {len(found)} plugins; write one of: {choices}")
+    if not found and (hint := windows_hint(reference)):
+        raise ConfigError([Problem(reference, "no such file or folder", hint)])
     if not found:
         names = [c.name for c in library]
         hint = xtuner_name_hint(short, names) or did_you_mean(short, names)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mmft.config.load import find_config
 from mmft.data.formats import files_of, is_many, suffixes
-from mmft.errors import AmbiguousName, UnknownName
+from mmft.errors import AmbiguousName, ConfigError, Problem, UnknownName
+from mmft.foreign_paths import windows_hint
 from mmft.plugins import Plugins
 
 
@@ -28,6 +29,13 @@ def is_data_file(reference: str, plugins: Plugins) -> bool:
     with path.open("rb") as file:
         head = file.read(1 << 16).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     return not (head.startswith("{") and {'"model"', '"data"', '"optim"'} <= set(re.findall(r'"\w+"', head)))
+
+
+def refuse_missing(reference: str) -> None:
+    """Raise `ConfigError` for a .json file that is not there: nobody knows whether data or a config was meant."""
+    if reference.lower().endswith(".json") and not Path(reference).exists():
+        hint = windows_hint(reference) or "give a data file, or a config: .py, .json or a name of `list-cfg`"
+        raise ConfigError([Problem(reference, "no such file", hint)])
 
 
 def _is_config(reference: str, plugins: Plugins) -> bool:

@@ -25,6 +25,7 @@ from mmft.data.shape import load_hf_tokenizer
 from mmft.data.store import Drop
 from mmft.data.tokenize import IMAGE_TOKEN, Tokenizer, refuse_surrogates, tokenize_batch
 from mmft.errors import DataError
+from mmft.foreign_paths import windows_hint
 from mmft.plugins import Plugins
 from mmft.specs import ChatTemplate
 from mmft.types import BadRecord, Conversation, Image, Message, RawRecord, Sample, Segment, Text
@@ -131,6 +132,7 @@ def check_file(path: Path, plugins: Plugins, options: FileOptions, progress: Pro
         bad_images=tuple(bad_image_outcomes(images)),
         problems=tuple(problems),
         drops=tuple(seen.drops),
+        unopened=0 if options.image_folder else len(set(seen.images)),
     )
 
 
@@ -163,7 +165,8 @@ def _recognise(path: Path, plugins: Plugins, options: FileOptions) -> _Recognise
     files = plugins.datasets.get(source.name).files
     for file in files(**source.options) if files else ():
         if not Path(file).exists():
-            raise DataError(f"{file}: no such file")
+            hint = windows_hint(str(file))
+            raise DataError(f"{file}: no such file{hint and f'; {hint}'}")
     named = options.data_map
     unread = Dataset(source=source, data_map=named or "", image_folder=options.image_folder)
     records = _first_records(unread, plugins)
@@ -322,7 +325,10 @@ def _facts(seen: _Seen) -> Iterator[tuple[str, str]]:
 
 def _image_facts(seen: _Seen, options: FileOptions) -> Iterator[tuple[str, str]]:
     where = f"; they differ in {len(seen.unequal):,} records, first record {seen.unequal[0]:,}" if seen.unequal else ""
-    yield "image marks", f"{seen.num_marks:,} {IMAGE_TOKEN} marks, {len(seen.images):,} images{where}"
+    if seen.num_marks:
+        yield "image marks", f"{seen.num_marks:,} {IMAGE_TOKEN} marks, {len(seen.images):,} images{where}"
+    else:  # the format says otherwise where its pictures belong
+        yield "image marks", f"{len(seen.images):,} images, placed by the data map: no record has {IMAGE_TOKEN} marks"
     if not options.image_folder:
         yield "images", f"{len(set(seen.images)):,} files, not opened; say where they are with --image-folder"
 

@@ -43,6 +43,15 @@ class CheckReport:
     proof: tuple[str, ...] = ()  # differences between the template and the model's own
     problems: tuple[str, ...] = ()
     drops: Sequence[Drop] = ()
+    unopened: int = 0  # images that nobody said where to look for
+
+    @property
+    def verdict(self) -> str:
+        """What is said where there is no problem, without claiming more than was looked at."""
+        if not self.unopened:
+            return "all of it can be trained on"
+        opened = f"none of the {self.unopened:,} pictures was opened: say where they are with --image-folder"
+        return f"all records can be trained on, but {opened}"
 
     @property
     def exit_code(self) -> int:
@@ -92,7 +101,7 @@ def terminal_lines(report: CheckReport) -> Iterator[Styled]:
         yield from (Styled(visible(difference)) for difference in report.proof)
     yield Styled("")
     if not report.problems:
-        yield Styled("ok: all of it can be trained on", "bold green")
+        yield Styled(f"ok: {report.verdict}", "bold yellow" if report.unopened else "bold green")
     for problem in report.problems:
         yield Styled(f"problem: {visible(problem)}", "bold red")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.config import Use, use
+from mmft.data.kinds import mapped, sound_records
 from mmft.errors import AmbiguousName, DataError
 from mmft.plugins import Plugins
 from mmft.specs import DataMap, DatasetSpec
@@ -105,7 +106,7 @@ def _rank(data_map: DataMap, records: Sequence[RawRecord]) -> tuple[Any, ...]:
 def _tried(data_map: DataMap, record: RawRecord) -> Sample | Exception | None:
     """What a map makes of a record. None is no refusal: the map understood that there is nothing to train."""
     try:
-        return data_map.fn(record)
+        return mapped(data_map, record)
     except Exception as error:  # a map that fails on a record does not fit it; why is not asked here
         return error
 
@@ -170,6 +171,12 @@ def format_hint(data_map: DataMap, records: Iterable[RawRecord | BadRecord], plu
     if not any(isinstance(_tried(data_map, record), Exception) for record in probed):
         return ""
     return f"this looks like `{best.name}`: {reason}"
+
+
+def refusals(data_map: DataMap, records: Iterable[RawRecord | BadRecord]) -> list[Exception]:
+    """Why a map refuses records, one after the other; bad records and those that it understands are left out."""
+    tried = (_tried(data_map, record) for record in records if not isinstance(record, BadRecord))
+    return [error for error in tried if isinstance(error, Exception)]
 
 
 def formats_rows(plugins: Plugins) -> list[tuple[str, str, str]]:
@@ -256,7 +263,8 @@ def source_use(path: Path, plugins: Plugins, name: str | None = None, options: M
 
 def read_records(source: Use, plugins: Plugins) -> Iterable[RawRecord | BadRecord]:
     """The records of a source, in order."""
-    return plugins.datasets.get(source.name).load(**source.options)
+    spec = plugins.datasets.get(source.name)
+    return sound_records(spec.name, spec.load(**source.options))
 
 
 def source_of(path: Path, plugins: Plugins) -> DatasetSpec:

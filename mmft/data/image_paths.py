@@ -10,8 +10,9 @@ import stat
 from pathlib import Path
 
 from mmft.errors import DataError
+from mmft.foreign_paths import windows_hint
 
-NOT_FOUND = "image not found: "
+NOT_FOUND, WINDOWS = "image not found: ", "image not found, its path is in Windows' form: "
 BEHIND_LINK, LEADS_TO, REMEDY = "image behind a link out of the image folder: ", " -> ", "; only what is really in "
 FOLDERS_KEPT = 10_000  # of which it is known where they are; memory must not grow with the records
 LONGEST_PATH = 1024  # characters shown of a path that may be one
@@ -52,7 +53,8 @@ class ImageFinder:
         except (OSError, ValueError):  # ValueError: half a character
             status = None
         if status is None or not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{NOT_FOUND}{_cut(path)}")
+            hint = windows_hint(source)
+            raise DataError(f"{WINDOWS}{_cut(path)}; {_cut(hint)}" if hint else f"{NOT_FOUND}{_cut(path)}")
         if self.folder is not None and (folder := os.path.dirname(path)) not in self._checked:
             self._refuse_outside(path)
             if len(self._checked) >= FOLDERS_KEPT:
@@ -83,6 +85,8 @@ def is_mended(reason: str) -> bool:
     """Whether an image that was the reason for dropping a record could be read by now."""
     if reason.startswith(NOT_FOUND):
         return os.path.isfile(reason.removeprefix(NOT_FOUND))
+    if reason.startswith(WINDOWS):
+        return os.path.isfile(reason.removeprefix(WINDOWS).rpartition("; ")[0])
     if reason.startswith(BEHIND_LINK):
         path, _, rest = reason.removeprefix(BEHIND_LINK).partition(LEADS_TO)
         return os.path.realpath(path) != rest.partition(REMEDY)[0]

@@ -10,6 +10,7 @@ from itertools import islice
 
 from mmft.config import Dataset
 from mmft.data.image_paths import ImageFinder
+from mmft.data.kinds import mapped, sound_records
 from mmft.data.tokenize import Tokenizer, document_segments
 from mmft.errors import ConfigError, DataError, Problem
 from mmft.plugins import Plugins
@@ -23,9 +24,9 @@ def iterate_records(dataset: Dataset, plugins: Plugins, start: int = 0) -> Itera
     """(number from 1, record) of one dataset, in order, without the first `start`."""
     source = plugins.datasets.get(dataset.source.name)
     if start and source.load_from:
-        records = iter(source.load_from(start, **dataset.source.options))
+        records = sound_records(source.name, source.load_from(start, **dataset.source.options))
     else:
-        records = islice(source.load(**dataset.source.options), start, None)
+        records = islice(sound_records(source.name, source.load(**dataset.source.options)), start, None)
     left = None if dataset.limit is None else max(0, dataset.limit - start)
     return enumerate(islice(records, left), start=start + 1)
 
@@ -53,7 +54,7 @@ def iterate_samples(
 
 
 def _sample_of(record: RawRecord, data_map: DataMap, system: str | None, images: ImageFinder | None) -> Sample | str:
-    sample = data_map.fn(record)
+    sample = mapped(data_map, record)
     if sample is None:
         return NOTHING
     if isinstance(sample, Document):

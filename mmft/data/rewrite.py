@@ -15,6 +15,7 @@ from typing import IO, Any
 from mmft.config import Use
 from mmft.data.formats import added_text, probe, read_records, recognise, source_use
 from mmft.data.json_strings import Change, replaced
+from mmft.data.kinds import mapped
 from mmft.errors import DataError
 from mmft.plugins import Plugins
 from mmft.types import BadRecord
@@ -193,7 +194,7 @@ def convert(
             try:
                 if isinstance(record, BadRecord):
                     raise DataError(record.reason)
-                sample = given.fn(record)
+                sample = mapped(given, record)
                 if sample is None:
                     raise DataError("nothing to train")
                 assert into.write is not None

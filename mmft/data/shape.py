@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmft.config import LLM, Model
+from mmft.config.picture import describe_encoder, num_tokens
 from mmft.data.tokenize import Tokenizer
 from mmft.errors import ModelError
 from mmft.hub import encoder_options, load_tokenizer
@@ -30,11 +31,10 @@ def describe_model(model: Model, plugins: Plugins, folder: Path | None = None) -
     info, tokens = None, 0
     if model.vision:
         try:
-            options = encoder_options(model.vision.encoder, model.hub)
-            info = plugins.vision_encoders.get(model.vision.encoder.name).describe(**options)
-            projector = plugins.projectors.get(model.vision.projector.name)
-            tokens = projector.num_tokens(info.num_patches, **model.vision.projector.options)
-        except (OSError, ValueError, TypeError) as error:
+            options = encoder_options(model.vision.encoder, plugins, model.hub)
+            info = describe_encoder(model.vision, plugins, options)
+            tokens = num_tokens(model.vision, plugins, info)
+        except ValueError as error:
             raise ModelError(f"model.vision: {str(error).splitlines()[0]}") from error
     own = folder / TOKENIZER if folder and (folder / TOKENIZER).is_dir() else None
     hf = load_tokenizer(model.llm, model.hub, own)

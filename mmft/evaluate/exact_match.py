@@ -9,11 +9,13 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from mmft.config import Dataset, use
+from mmft.config import Dataset
+from mmft.data.formats import recognise, source_use
 from mmft.data.records import iterate_samples
 from mmft.errors import DataError
 from mmft.inference import Assistant, Generation, user_message
@@ -71,16 +73,42 @@ class Result:
         return rows
 
 
+def file_dataset(
+    path: Path,
+    plugins: Plugins,
+    *,
+    data_map: str | None = None,
+    source: str | None = None,
+    source_options: Mapping[str, Any] | None = None,
+    image_folder: Path | None = None,
+) -> Dataset:
+    """A file, a folder or a glob as a dataset of a config, by the rules of `mmft data check`.
+
+    The source is the one that claims the suffix, the format the one the records look like, where they are not named.
+    Raises `DataError` and `AmbiguousName` as `source_use` and `recognise` do, and `UnknownName`.
+    """
+    reading = source_use(path, plugins, source, source_options)
+    files = plugins.datasets.get(reading.name).files
+    for file in files(**reading.options) if files else ():
+        if not Path(file).exists():
+            raise DataError(f"{file}: no such file")
+    found = plugins.data_maps.get(data_map).name if data_map else recognise(reading, plugins)[0][0][0].name
+    return Dataset(source=reading, data_map=data_map or found, image_folder=image_folder)
+
+
 def read_questions(dataset: Dataset, plugins: Plugins, *, kind_key: str = "kind") -> list[Question]:
     """Every answered user turn of a dataset as a question of its own; `kind_key` names a record's list of kinds.
 
-    A later turn keeps its conversation's pictures and loses its text history: questions here stand alone.
+    A later turn keeps its conversation's pictures and loses its text history: questions here stand alone. Raises
+    `DataError` for a record that cannot be read, with its number, and where no user turn has an answer.
     """
+    where = dataset.source.options.get("path")
     questions = []
     for number, record, sample in iterate_samples(dataset, plugins):
         if not isinstance(sample, Conversation):
-            reason = sample if isinstance(sample, str) else "is a document, not a conversation"
-            raise DataError(f"{dataset.source.options.get('path')} record {number}: {reason}")
+            document = f"is a document, read as {dataset.data_map}; eval asks conversations"
+            reason = f"{sample}; `mmft data check {where}` lists all such records"
+            raise DataError(f"{where} record {number}: {reason if isinstance(sample, str) else document}")
         kinds = record.get(kind_key) or []
         images = sample.images
         pairs = [
@@ -93,6 +121,9 @@ def read_questions(dataset: Dataset, plugins: Plugins, *, kind_key: str = "kind"
             turn = asked if asked.images or not images else _with_pictures(pairs[0][0], asked)
             kind = str(kinds[index]) if isinstance(kinds, list) and index < len(kinds) else "answers"
             questions.append(Question(Conversation((*system, turn)), reply.text, kind))
+    if not questions:
+        raise DataError(f"{where}: no question with an answer, read as {dataset.data_map}; eval asks user turns and "
+                        "compares what comes with the assistant turn that follows")  # fmt: skip
     return questions
 
 
@@ -100,36 +131,6 @@ def _with_pictures(first: Message, asked: Message) -> Message:
     """A later question, shown the pictures of the first the way the first shows them."""
     lead = tuple(Text("\n") if isinstance(part, Text) else part for part in first.parts)
     return Message("user", (*lead, *asked.parts))
-
-
-def evaluate_files(
-    assistant: Assistant,
-    plugins: Plugins,
-    *,
-    questions: Path,
-    data_map: str,
-    image_folder: Path | None = None,
-    training: Path | None = None,
-    training_image_folder: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 32,
-    ask_first: str | None = None,
-) -> Result:
-    """`evaluate` over a json or jsonl file; `training` is the file the baseline learns its answers from."""
-
-    def read(path: Path, folder: Path | None) -> list[Question]:
-        source = use("jsonl" if path.suffix == ".jsonl" else "json", path=path)
-        return read_questions(Dataset(source=source, data_map=data_map, image_folder=folder), plugins)
-
-    known = read(training, training_image_folder or image_folder) if training else []
-    return evaluate(
-        assistant,
-        read(questions, image_folder),
-        training=known,
-        limit=limit,
-        batch_size=batch_size,
-        ask_first=ask_first,
-    )
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmft.config import Model, Vision
 from mmft.config.check_methods import impossible_on_cpu
+from mmft.config.picture import made_by, num_tokens
 from mmft.errors import CheckpointError, ModelError
 from mmft.hub import encoder_options
 from mmft.modeling import attention
@@ -20,6 +21,7 @@ from mmft.modeling.llava import LlavaModel
 from mmft.modeling.llm import base_token_ids, load_llm, quantized_layers
 from mmft.modeling.lora import add_lora, is_adapted
 from mmft.modeling.loss import piece_size
+from mmft.modeling.picture_proof import built_part, prove, transformed
 from mmft.modeling.tensors import misfits, refuse_misfits
 from mmft.plugins import Plugins
 from mmft.specs import VisionInfo
@@ -63,10 +65,13 @@ def build_model(
     if model.vision:
         assert info is not None
         parts = _build_vision(
-            model.vision, plugins, info, width, dtype, device, weights, encoder_options(model.vision.encoder, model.hub)
-        )
+            model.vision, plugins, info, width, dtype, device, weights,
+            encoder_options(model.vision.encoder, plugins, model.hub),
+        )  # fmt: skip
     built = LlavaModel(llm, image_id=image_id, dtype=dtype, layout=layout, **parts)  # type: ignore[arg-type]
     built.loss_piece = loss_piece
+    if model.vision:
+        built.made_by = _makers(model.vision, plugins)
     if gradient_checkpointing and built.vision_trains:
         checkpoint_gradients(built.vision)
     check_build(built, model)
@@ -83,15 +88,21 @@ def _build_vision(
     weights: Path | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Encoder and projector, with the shapes that a picture-less batch needs."""
-    from PIL import Image as PILImage
-
-    encoder: Any = plugins.vision_encoders.get(vision.encoder.name).build(**options)
+    """Encoder and projector, proved on one picture, with the shapes that a picture-less batch needs."""
+    makers = _makers(vision, plugins)
+    its_encoder = f"model.vision.encoder: {makers['vision']}"
+    its_projector = f"model.vision.projector: {makers['projector']}"
+    spec = plugins.vision_encoders.get(vision.encoder.name)
+    encoder: Any = built_part(its_encoder, spec.build, **options)
     encoder.requires_grad_(False)
     if weights and (weights / VISION_WEIGHTS).is_file():
         load_exactly(encoder, weights / VISION_WEIGHTS)
     encoder.to(device, torch.float32 if vision.trainable else dtype)
-    pixel_shape = tuple(info.transform(PILImage.new("RGB", (64, 64))).shape)
+    pixels = transformed(its_encoder, info)
+    expected = (1, info.num_patches, info.hidden_size)
+    why = f"describe says num_patches={info.num_patches} and hidden_size={info.hidden_size}; correct describe"
+    features = prove(its_encoder, encoder, pixels[None].to(device), expected, why, dtype)
+    pixel_shape = tuple(pixels.shape)
     unused = unused_parameters(encoder, pixel_shape) if vision.trainable or vision.lora else set()
     if vision.trainable:
         for name, parameter in encoder.named_parameters():
@@ -100,16 +111,28 @@ def _build_vision(
         start = _folder_in(weights, VISION_ADAPTER) if weights else vision.adapter
         left_out = sorted({name.rpartition(".")[0] for name in unused})
         encoder = add_lora(encoder, vision.lora, weights=start, left_out=left_out)
-    projector = plugins.projectors.get(vision.projector.name).build(info.hidden_size, width, **vision.projector.options)
+    build = plugins.projectors.get(vision.projector.name).build
+    projector: Any = built_part(its_projector, build, info.hidden_size, width, **vision.projector.options)
     projected = weights or vision.projector_weights
     if projected:
         load_exactly(projector, projected / PROJECTOR if projected.is_dir() else projected)
     projector.to(device, torch.float32).requires_grad_(vision.projector_trainable)
+    tokens = num_tokens(vision, plugins, info)
+    why = f"build was asked for {width} features, and num_tokens says {tokens}; correct num_tokens"
+    prove(its_projector, projector, features, (1, tokens, width), why, dtype)
     return {
         "vision": encoder,
         "projector": projector,
         "feature_shape": (info.num_patches, info.hidden_size),
         "pixel_shape": pixel_shape,
+    }
+
+
+def _makers(vision: Vision, plugins: Plugins) -> dict[str, str]:
+    """Part of the model -> the offer of a plugin that it is."""
+    return {
+        "vision": made_by(plugins.vision_encoders, vision.encoder.name),
+        "projector": made_by(plugins.projectors, vision.projector.name),
     }
 
 

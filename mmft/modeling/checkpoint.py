@@ -7,6 +7,7 @@ of each. A folder is written under a temporary name, synced and renamed, so an u
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from torch import Tensor
 from mmft import __version__
 from mmft.config import Model, TrainConfig
 from mmft.errors import CheckpointError
+from mmft.folders import MANIFEST as MANIFEST
+from mmft.folders import checkpoints as checkpoints
 from mmft.hub import named_from, seen_from
 from mmft.modeling.build import (
     ADAPTER,
@@ -34,7 +37,7 @@ from mmft.modeling.llava import LlavaModel
 from mmft.modeling.lora import is_adapted
 from mmft.plugins import Plugins
 
-MANIFEST = "mmft.json"
+log = logging.getLogger("mmft")
 FORMAT = 1
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR,
@@ -145,7 +148,7 @@ def write_manifest(folder: Path, config: TrainConfig, plugins: Plugins, precisio
 
 
 def used_plugins(config: TrainConfig, plugins: Plugins) -> dict[str, str]:
-    """Which distribution, in which version, provided each name that the weights depend on."""
+    """Which distribution in which version, or which file, provided each name that the weights depend on."""
     used = {f"chat template {config.data.chat_template}": plugins.chat_templates.owner(config.data.chat_template)}
     for dataset in config.data.datasets:
         used[f"data source {dataset.source.name}"] = plugins.datasets.owner(dataset.source.name)
@@ -154,7 +157,25 @@ def used_plugins(config: TrainConfig, plugins: Plugins) -> dict[str, str]:
         encoder, projector = config.model.vision.encoder.name, config.model.vision.projector.name
         used[f"vision encoder {encoder}"] = plugins.vision_encoders.owner(encoder)
         used[f"projector {projector}"] = plugins.projectors.owner(projector)
-    return {name: plugin.distribution or plugin.name for name, plugin in used.items()}
+    return {name: plugin.identity for name, plugin in used.items()}
+
+
+def as_trained(folder: Path, manifest: Manifest, plugins: Plugins) -> Plugins:
+    """The plugins for the model of a folder: a name that several offer is that of the plugin it was trained with.
+
+    One warning where another plugin, or another version of it, now offers what it was trained with.
+    """
+    if manifest.plugins == plugins.recorded:
+        return plugins
+    known = plugins.as_trained(manifest.plugins)
+    replaced: dict[tuple[str, str], list[str]] = {}
+    for catalog in (known.chat_templates, known.vision_encoders, known.projectors):
+        for name, was, now in catalog.replaced():
+            replaced.setdefault((was, now), []).append(name)
+    if replaced:
+        told = "; ".join(f"{', '.join(names)} with {was}, here is {now}" for (was, now), names in replaced.items())
+        log.warning("%s was trained with other plugins: %s; it may answer otherwise than it did", folder, told)
+    return known
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -274,9 +295,3 @@ def publish(temporary: Path, target: Path) -> None:
     finally:
         os.close(descriptor)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, complete or not."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))

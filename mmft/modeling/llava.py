@@ -25,8 +25,14 @@ def masked_image_scatter(inputs_embeds: Tensor, input_ids: Tensor, features: Ten
     """Put image features where the ids hold image tokens, in reading order.
 
     inputs_embeds float[B, T, D], input_ids int64[B, T], features float[N, P, D]  ->  float[B, T, D].
-    Does not modify its inputs. Raises `DataError` if input_ids does not hold exactly N * P image tokens.
+    Does not modify its inputs. Raises `DataError` if input_ids does not hold exactly N * P image tokens, or the widths
+    differ: elements would be scattered in flat order, features in pieces.
     """
+    if features.shape[-1] != inputs_embeds.shape[-1]:
+        raise DataError(
+            f"image features of width {features.shape[-1]}, the embeddings have {inputs_embeds.shape[-1]}; the "
+            "projector must give the width it was built for"
+        )
     is_image = input_ids == image_id
     expected, found = features.shape[0] * features.shape[1], int(is_image.sum())
     if expected != found:
@@ -63,6 +69,7 @@ class LlavaModel(nn.Module):
         self.image_id, self.feature_shape, self.pixel_shape = image_id, feature_shape, pixel_shape
         self.dtype, self.layout = dtype, layout
         self.num_datasets = 1  # of `dataset_ids`
+        self.made_by: dict[str, str] = {}  # part -> "projector 'x' of plugin 'y'", of those that plugins build
         self.loss_piece: int | None = None  # the logits of how many tokens are computed at once; None: of all
         self.stretch: Stretch | None = None  # several processes share each row
         self.lockstep = False  # weights are sharded: every rank must run every part, also where a batch has no picture

@@ -1,7 +1,9 @@
 """What fits: the largest micro-batch, and what each change of a config that does not fit would save."""
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from mmft.config import TrainConfig
@@ -12,6 +14,8 @@ from mmft.plan.simulate import BatchShape
 from mmft.plan.steps import Plan
 
 MAX_BATCH = 256
+TRIES = 6  # simulations after the first
+CLOSE = 1.03  # a batch larger by less than this is not looked for
 EIGHT_BIT = "paged_adamw_8bit"
 ENGINES = {  # shipped names: what each does with what the trained weights need
     "zero2": "the processes share gradients and optimizer",
@@ -34,36 +38,57 @@ class Change:
         return " ".join(f"--set {path}={_text(value)}" for path, value in self.settings.items())
 
 
-def largest_batch(planner: Planner, plan: Plan, limit: int) -> int:
-    """The largest micro-batch whose largest batch fits; 0 where not even one sample does.
+def largest_batch(planner: Planner, plan: Plan, limit: int, say: Callable[[str], None] = lambda text: None) -> int:
+    """The largest micro-batch whose largest batch is known to fit; 0 where not even one sample does.
 
-    Memory grows by nearly the same amount with each token, so a line through two estimates says where to look.
+    Memory grows by nearly the same amount with each token, so a line through two estimates says where to look next. A
+    simulation takes seconds, so after `TRIES` of them the largest that fitted is the answer; `say` is told of each.
     """
-    one, two = _total(planner, plan, 1), _total(planner, plan, 2)
-    if one > limit:
-        return 0
-    tokens = plan.batches(1)[0].num_tokens, plan.batches(2)[0].num_tokens
-    by_token = (two - one) / max(1, tokens[1] - tokens[0])
     most = min(MAX_BATCH, len(plan.dataset))
-    size = 1
-    while size < most and one + by_token * (plan.batches(size + 1)[0].num_tokens - tokens[0]) <= limit:
-        size += 1
-    while size > 1 and _total(planner, plan, size) > limit:
-        size = max(1, int(size * 0.9))
-    return size
+
+    @cache
+    def tokens(size: int) -> int:
+        return plan.batches(size)[0].num_tokens
+
+    def total(size: int) -> int:
+        say(f"looking for the largest batch that fits: simulating one of {size}")
+        return planner.estimate(plan.config, plan.batches(size)).total
+
+    fitting, known = 0, {1: total(1)}
+    if known[1] > limit:
+        return 0
+    fitting, too_large = 1, most + 1
+    for _ in range(TRIES):
+        if too_large - fitting <= 1:
+            break
+        size = 2 if len(known) == 1 else _next_size(known, tokens, fitting, too_large, limit)
+        if size > 2 and size <= CLOSE * fitting:
+            break
+        known[size] = total(size)
+        fitting, too_large = (size, too_large) if known[size] <= limit else (fitting, size)
+    return fitting
 
 
-def _total(planner: Planner, plan: Plan, size: int) -> int:
-    return planner.estimate(plan.config, plan.batches(size)).total
+def _next_size(known: Mapping[int, int], tokens: Callable[[int], int], fitting: int, too_large: int, limit: int) -> int:
+    """The largest batch between two sizes that fits by the line through the known sizes closest to them."""
+    ends = sorted(known, key=lambda size: min(abs(size - fitting), abs(size - too_large)))[:2]
+    low, high = sorted(ends)
+    by_token = (known[high] - known[low]) / max(1, tokens(high) - tokens(low))
+    inside = range(fitting + 1, too_large)
+    by_size = bisect_right(inside, limit, key=lambda size: int(known[low] + by_token * (tokens(size) - tokens(low))))
+    return inside[max(0, by_size - 1)]
 
 
-def changes(planner: Planner, plan: Plan, memory: Memory) -> list[Change]:
+def changes(
+    planner: Planner, plan: Plan, memory: Memory, say: Callable[[str], None] = lambda text: None
+) -> list[Change]:
     """Each change that saves something, the one that saves most first."""
     found = []
     for settings, batches, why in (*_candidates(plan), *_engines(planner, plan)):
         changed = override(plan.config, settings)
         if not _can_be(planner, changed):
             continue
+        say(f"what would {Change(settings, 0, 0)} save")
         total = planner.estimate(changed, batches).total
         if total < memory.total:
             found.append(Change(settings, total, memory.total - total, why))

@@ -48,9 +48,16 @@ class Planner:
     def __init__(self, plugins: Plugins, shape: Shape, target: Target, processes: int = 1) -> None:
         self.plugins, self.shape, self.target, self.processes = plugins, shape, target, processes
         self._skeletons: dict[str, Skeleton] = {}
+        self._estimates: dict[tuple[str, tuple[BatchShape, ...]], Memory] = {}
 
     def estimate(self, config: TrainConfig, batches: Sequence[BatchShape]) -> Memory:
         """The peak of the worst of some batches. Raises `ModelError` where a part has no readable configuration."""
+        key = config.model_dump_json(), tuple(batches)
+        if key not in self._estimates:
+            self._estimates[key] = self._estimate(config, batches)
+        return self._estimates[key]
+
+    def _estimate(self, config: TrainConfig, batches: Sequence[BatchShape]) -> Memory:
         shards, dtype = shards_of(config, self.plugins, self.processes), self.dtype(config)
         skeleton = self._skeleton(config, cast_trained=shards.casts)
         words = next(skeleton.model.get_input_embeddings().parameters()).shape[0]

@@ -146,14 +146,11 @@ def _reset_peak(torch: Any, device: Any) -> None:
 
 def main() -> None:
     """The process that measures."""
-    import importlib
-
     from mmft.config.load import load_config
-    from mmft.plugins import load_plugins
+    from mmft.plugins import load_plugins, named_module
 
     source, result, *modules = sys.argv[1:]
-    sys.path.insert(0, str(Path.cwd()))
-    plugins = load_plugins([importlib.import_module(name.removesuffix(".py")) for name in modules])
+    plugins = load_plugins([named_module(name) for name in modules])
     measured = measure(load_config(source, plugins, ()), plugins)
     Path(result).write_text(json.dumps(asdict(measured)), "utf-8")
 

@@ -1,7 +1,7 @@
 """`mmft plan` from a config to what a person reads: read `make_report` first."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmft.config.check import check_config
 from mmft.config.load import override
 from mmft.data.shape import describe_model
 from mmft.errors import MmftError
-from mmft.plan.advice import Change, changes, largest_batch, together
+from mmft.plan.advice import MAX_BATCH, Change, changes, largest_batch, together
 from mmft.plan.memory import Memory, Planner
 from mmft.plan.probe import Measured, probe
 from mmft.plan.simulate import BatchShape
@@ -51,6 +51,7 @@ class Report:
     accumulate: int = 1
     processes: int = 1
     measured: Measured | None = None
+    num_rows: int = 0  # samples, or packed rows, that were looked at
     compared: int | None = None  # the estimate for what was measured: one process, on the device it ran on
 
     @property
@@ -84,8 +85,13 @@ class Report:
 def make_report(
     config: TrainConfig, plugins: Plugins, *, gpu: str | None = None, with_probe: bool = False,
     modules: tuple[str, ...] = (), advise: bool = True, processes: int = 1,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Report:  # fmt: skip
-    """Estimate, look for what fits, and measure where asked to. Raises `ConfigError` for a config that cannot train."""
+    """Estimate, look for what fits, and measure where asked to. Raises `ConfigError` for a config that cannot train.
+
+    `say` is told what is being done whenever the next seconds go into something else.
+    """
+    say("reading the model's configuration and the data")
     check_config(config, plugins)
     target, limit, device = where_it_runs(config, gpu)
     shape = describe_model(config.model, plugins)
@@ -93,16 +99,19 @@ def make_report(
     planner = Planner(plugins, shape, target, processes)
     size = config.optim.batch_size_per_device
     shapes = plan.batches(size)
+    say(f"simulating a step with the largest batch of {size}")
     memory = planner.estimate(config, shapes)
-    fitting = largest_batch(planner, plan, safe(limit)) if advise else 0
-    found = changes(planner, plan, memory) if advise and memory.total > safe(limit) else []
+    fitting = largest_batch(planner, plan, safe(limit), say) if advise else 0
+    found = changes(planner, plan, memory, say) if advise and memory.total > safe(limit) else []
     world = max(1, processes // config.runtime.sequence_parallel)  # who share a row see the same one
+    if with_probe:
+        say("running two steps")
     measured = probe(config, modules) if with_probe else None
     return Report(
         target, limit, device, memory, tuple(shapes), size, fitting, tuple(found),
         together(planner, plan, found, safe(limit)) if found else None,
         plan.steps_per_epoch(world), plan.steps(world), plan.tokens_per_epoch, plan.source,
-        config.optim.accumulate, processes, measured, _compared(planner, config, shapes, measured),
+        config.optim.accumulate, processes, measured, len(plan.dataset), _compared(planner, config, shapes, measured),
     )  # fmt: skip
 
 
@@ -180,7 +189,7 @@ def lines_of(report: Report) -> Iterator[str]:
     if report.target == "cpu":
         yield ALLOCATOR
     if report.fitting_batch:
-        yield f"largest optim.batch_size_per_device that fits: {report.fitting_batch}"
+        yield f"largest optim.batch_size_per_device that fits: {report.fitting_batch}{_why_not_more(report)}"
     elif not report.fits:
         yield "not even one sample at a time fits as it is, with the margin"
     for change in report.changes:
@@ -198,6 +207,12 @@ def lines_of(report: Report) -> Iterator[str]:
         f"{report.tokens_per_epoch // max(1, report.steps_per_epoch):,} a step"
     )
     yield from _measured_lines(report)
+
+
+def _why_not_more(report: Report) -> str:
+    if report.fitting_batch == report.num_rows:
+        return f" (the data has only {report.num_rows} {'row' if report.num_rows == 1 else 'rows'})"
+    return " (larger ones were not looked at)" if report.fitting_batch == MAX_BATCH else ""
 
 
 def _measured_lines(report: Report) -> Iterator[str]:

@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmft.config import TrainConfig
+from mmft.modeling.attention import VARLEN
 from mmft.plan.skeleton import Skeleton, Target
 from mmft.types import IGNORE_INDEX
+
+DOCUMENTS = 4  # samples of a row that are simulated apart: each more takes time and changes no byte
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,7 +122,9 @@ def batch_inputs(skeleton: Skeleton, config: TrainConfig, batch: BatchShape, tok
     ids = torch.zeros(1, total, dtype=torch.int64)
     labels = torch.full((1, total), IGNORE_INDEX)
     labels[0, total - min(batch.num_labels, total - 1) :] = 0
-    positions = torch.cat([torch.arange(length) for length in batch.lengths])[None]
+    highest = max(batch.lengths) - 1  # where rope is stretched by the length, no sample is longer than it is
+    documents = _documents(model.llm.config, batch.lengths)
+    positions = torch.cat([torch.arange(length).clamp(max=highest) for length in documents])[None]
     inputs: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if batch.num_images and model.image_id is not None and model.feature_shape is not None:
         ids[0, : batch.num_images * tokens_per_image] = model.image_id
@@ -130,6 +135,18 @@ def batch_inputs(skeleton: Skeleton, config: TrainConfig, batch: BatchShape, tok
         else:
             inputs["pixel_values"] = skeleton.fake(batch.num_images, *model.pixel_shape)
     return inputs
+
+
+def _documents(config: Any, lengths: Sequence[int]) -> Sequence[int]:
+    """The samples of a row, joined to a few where attention keeps nothing that grows faster than their tokens.
+
+    Its scores exist whole where a window needs a mask and where they are dropped out.
+    """
+    total = sum(lengths)
+    joined = [total // DOCUMENTS + (index < total % DOCUMENTS) for index in range(DOCUMENTS)]
+    window = getattr(config, "sliding_window", None) or total
+    apart = config._attn_implementation != VARLEN or getattr(config, "attention_dropout", 0)
+    return lengths if len(lengths) <= DOCUMENTS or apart or joined[0] > window else joined
 
 
 def _set_gradients(skeleton: Skeleton, trained: Sequence[nn.Parameter]) -> None:

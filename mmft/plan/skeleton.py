@@ -195,9 +195,11 @@ def _encoder(vision: Vision, hub: str, plugins: Plugins, info: VisionInfo, dtype
     """The encoder from its transformers config, its last blocks cut as `select_layer` asks; None if it has none."""
     from transformers import AutoConfig, AutoModel
 
-    spec, options = plugins.vision_encoders.get(vision.encoder.name), encoder_options(vision.encoder, hub)
+    spec, options = plugins.vision_encoders.get(vision.encoder.name), encoder_options(vision.encoder, plugins, hub)
     try:
-        config = AutoConfig.from_pretrained(str(options["path"]))
+        if spec.hub_option is None:
+            raise ValueError("its plugin names no option that takes a folder saved by save_pretrained")
+        config = AutoConfig.from_pretrained(str(options[spec.hub_option]))
         config = copy.deepcopy(getattr(config, "vision_config", config))
         layer = options.get("select_layer", _default(spec.build, "select_layer"))
         if layer is not None:

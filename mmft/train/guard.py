@@ -55,7 +55,7 @@ class Guard:
         loss = float(torch.stack(self.losses).sum())
         if agree(int(not _finite(loss))):
             value = next(other for other in gathered(loss) if not _finite(other))
-            self._refuse(f"step {step:,}: the loss is {value}", forward, all_know=True)
+            self._refuse(step, f"the loss is {value}", forward, all_know=True)
 
     def check(
         self,
@@ -85,16 +85,16 @@ class Guard:
                 what += f" for the {self.overflows + 1}th step in a row, whatever the scale (fp16; bf16 has its range)"
             # a loss that is not finite with gradients that are is this rank's alone
             again = forward if overflowed or not together else None
-            self._refuse(f"step {step:,}: {what}", again, all_know=overflowed)
+            self._refuse(step, what, again, all_know=overflowed)
         self.overflows = 0
         if norm is not None and loss_value > 0:
             self.first_gradients.check(step, self.batches)
 
-    def _refuse(self, what: str, forward: Callable[..., Any] | None, *, all_know: bool) -> NoReturn:
+    def _refuse(self, step: int, what: str, forward: Callable[..., Any] | None, *, all_know: bool) -> NoReturn:
         """Raise with what is found: by all ranks together where `all_know`, else by this one alone."""
         share: Callable[[Any], list[Any]] = gathered if all_know else lambda mine: [mine]
         found = self._found(forward, share)
-        error = TrainingError(f"{what}{found}; {self._advice()}")
+        error = TrainingError(f"step {step:,}: {what}{found}; {self._advice(step)}")
         if all_know:
             all_raise(error)
         raise error
@@ -119,7 +119,12 @@ class Guard:
         rows = rows_of([{ORIGINS: part} for part in share(origins)])
         return (f"; {where}" if where else "") + (f"; its rows: {rows}" if rows else "")
 
-    def _advice(self) -> str:
+    def _advice(self, step: int) -> str:
+        if step == 1:  # the weights are those the run began with
+            return (
+                "no weight has been updated yet, so no lower optim.lr helps; look at these records and at what the run "
+                "starts from, or use precision bf16 or fp32"
+            )
         good = next(filter(_is_good, checkpoints(self.folder)), None)
         before = f"the last checkpoint with finite weights is {good}" if good else "there is no checkpoint before it"
         return f"{before}; look at these records, lower optim.lr or optim.max_grad_norm, or use precision bf16 or fp32"
@@ -131,13 +136,17 @@ def first_bad_module(
     """Run a micro-batch once more and say where the first number that is not finite comes out; empty if nowhere."""
     found: list[str] = []
 
+    def of_plugin(name: str) -> str:
+        maker = model.made_by.get(name.partition(".")[0])
+        return f" of {maker}" if maker else ""
+
     def watch(name: str, part: nn.Module) -> Callable[..., None]:
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 if not found and not bool(torch.isfinite(tensor).all()):
                     broken = [n for n, p in part.named_parameters() if not bool(torch.isfinite(_held(p)).all())]
                     why = f"; its own weight {broken[0]} is not finite" if broken else ""
-                    found.append(f"first in the output of {name} ({type(part).__name__}){why}")
+                    found.append(f"first in the output of {name} ({type(part).__name__}){of_plugin(name)}{why}")
                 if gradients and tensor.requires_grad:
                     tensor.register_hook(lambda gradient: told(name, part, gradient))  # type: ignore[no-untyped-call]
 
@@ -145,7 +154,8 @@ def first_bad_module(
 
     def told(name: str, part: nn.Module, gradient: Tensor) -> None:
         if not found and not bool(torch.isfinite(gradient).all()):
-            found.append(f"first in the gradient that reaches the output of {name} ({type(part).__name__})")
+            where = f"{name} ({type(part).__name__}){of_plugin(name)}"
+            found.append(f"first in the gradient that reaches the output of {where}")
 
     hooks = [part.register_forward_hook(watch(name, part)) for name, part in model.named_modules() if name]
     tensors = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}

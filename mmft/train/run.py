@@ -35,6 +35,7 @@ from mmft.train.engine import Engine, choose_engine
 from mmft.train.folder import find_checkpoint, follow_log, log_table, prepare_folder, start_log, write_drops
 from mmft.train.progress import duration
 from mmft.train.report import Facts, write_report
+from mmft.train.trackers import Reporting, trackers
 from mmft.train.trainer import MMTrainer, learning_rates, training_arguments
 from mmft.train.validation import WhenToEvaluate, open_validation, prepare_validation, settle_final
 
@@ -96,11 +97,11 @@ def _train(config: TrainConfig, plugins: Plugins, ranks: Ranks, engine: Engine, 
     engine.share_rows(built)
     engine.prepare(built, device)
     facts = Facts(config, modules, store.summary(), store.drops, f"{device} {NAMES[dtype]}{engine.described()}")
-    trainer, interrupt, sampling = make_trainer(
+    trainer, interrupt, sampling, reporting = make_trainer(
         config, plugins, built, shape, store, features, facts, checkpoint, engine, arguments, validation
     )
     try:
-        with interrupt.installed(), trainer.screen.shown():
+        with interrupt.installed(), trainer.screen.shown(), reporting.closed():
             if not trainer.stands_at_the_end_of(checkpoint):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if interrupt.received is None:
@@ -175,7 +176,7 @@ def make_trainer(
     engine: Engine,
     arguments: TrainingArguments,
     validation: TokenStore | None,
-) -> tuple[MMTrainer, Interrupt, SampleChat]:
+) -> tuple[MMTrainer, Interrupt, SampleChat, Reporting]:
     """The trainer with its data order and callbacks."""
     data, folder = config.data, config.runtime.output_dir
     dtype = built.dtype
@@ -212,13 +213,13 @@ def make_trainer(
     going_on = Report(lambda: write_report(facts, state=f"running, step {trainer.state.global_step}"))
     trainer.remove_callback(PrinterCallback)
     when = [WhenToEvaluate(config.runtime.evaluation.steps)] if config.runtime.evaluation else []
-    for callback in (*when, interrupt, sampling, metrics, trainer.screen, going_on):
+    told = trackers(config.runtime.report_to) if engine.ranks.first else {}  # else each rank begins runs of its own
+    reporting = Reporting(told, config, start_step=start)
+    for callback in (*when, interrupt, sampling, reporting, metrics, trainer.screen, going_on):
         trainer.add_callback(callback)
-    if "tensorboard" in config.runtime.report_to and engine.ranks.first:  # else each rank begins a file of its own
-        trainer.add_callback(_tensorboard(folder / "tensorboard"))
     for callback in plugins.call("mmft_callbacks", config=config):
         trainer.add_callback(callback)
-    return trainer, interrupt, sampling
+    return trainer, interrupt, sampling, reporting
 
 
 def collator(
@@ -259,13 +260,6 @@ def open_stream(config: TrainConfig, plugins: Plugins, shape: Shape, checkpoint:
     stream = SampleStream(config.data, plugins, shape.tokenizer, seed=config.runtime.seed, start=position)
     drops = config.runtime.output_dir / "dropped.jsonl"
     return StreamFeed(stream, Account(drops, config.data.max_bad_fraction, log.info, **told))
-
-
-def _tensorboard(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
 def cached_features(

@@ -333,7 +333,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=runtime.save_steps,
         save_total_limit=None,  # we let go of old checkpoints ourselves, after the new one is complete
-        report_to=[name for name in runtime.report_to if name != "tensorboard"] or "none",
+        report_to="none",  # `trackers.py` tells them
         dataloader_num_workers=config.data.num_workers,
         dataloader_pin_memory=device.type == "cuda",
         dataloader_drop_last=False,

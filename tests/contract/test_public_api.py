@@ -61,6 +61,7 @@ NAME_PATTERN = re.compile('[a-z0-9_]+')
     describe: Callable[..., VisionInfo]
     build: Callable[..., 'nn.Module']
     summary: str = ''
+    hub_option: str | None = None
 same_number(num_patches: int, **options: Any) -> int
 @dataclass(frozen=True, slots=True, kw_only=True) ProjectorSpec()
     name: str

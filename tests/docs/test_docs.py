@@ -6,17 +6,14 @@ tiny model may have another chat template than the one it stands for.
 """
 
 import doctest
-import importlib.util
 import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Any, get_args
 
 import click
@@ -27,11 +24,7 @@ from pydantic import BaseModel
 
 from mmft.cli import cli, main
 from mmft.config import Lora, TrainConfig
-from mmft.data.formats import format_of, has_column, source_of
-from mmft.errors import DataError, MmftError
-from mmft.plugins import Plugins, load_plugins, read_plugin
-from mmft.testing import check_plugin
-from mmft.types import BadRecord, Document
+from mmft.plugins import load_plugins
 
 ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -118,98 +111,6 @@ def test_files_that_pip_is_told_to_read_exist() -> None:
     files = {name for page in PAGES for text in blocks(page, "bash") for name in re.findall(r" -c (\S+)", text)}
     assert files == {"constraints.txt"}
     assert (ROOT / "constraints.txt").is_file()
-
-
-HOOK_BLOCKS = blocks(ROOT / "docs" / "hooks.md", "python")
-
-
-@pytest.fixture
-def module_of(tmp_path: Path) -> Iterator[Callable[[str, str], ModuleType]]:
-    """`module_of("name", source)`: a module imported from a file, as a plugin is, and forgotten afterwards."""
-    made = []
-
-    def module_of(name: str, source: str) -> ModuleType:
-        path = tmp_path / f"{name}.py"
-        path.write_text(source, "utf-8")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        made.append(name)
-        spec.loader.exec_module(module)
-        return module
-
-    yield module_of
-    for name in made:
-        sys.modules.pop(name, None)
-
-
-@pytest.mark.parametrize("number", range(len(HOOK_BLOCKS)))
-def test_every_python_block_of_hooks_is_a_plugin_that_conforms(
-    number: int, module_of: Callable[[str, str], ModuleType]
-) -> None:
-    module = module_of(f"docs_hooks_{number}", HOOK_BLOCKS[number])
-    hooks = [name for name in vars(module) if name.startswith("mmft_")]
-    assert hooks
-    check_plugin(module)
-    for name, function in vars(module).items():
-        if name.startswith("test_"):
-            function()
-    offers = read_plugin(module).offers
-    for encoder in offers.get("mmft_vision_encoders", ()):
-        info = encoder.describe()
-        pixels = info.transform(Image.new("RGB", (40, 30), "red"))
-        assert encoder.build()(pixels[None]).shape == (1, info.num_patches, info.hidden_size)
-    for projector in offers.get("mmft_projectors", ()):
-        assert projector.build(8, 12)(torch.zeros(2, 16, 8)).shape == (2, projector.num_tokens(16), 12)
-        with pytest.raises(ValueError, match="keep"):
-            projector.num_tokens(2)
-    for source in offers.get("mmft_datasets", ()):
-        sums = Path(module.__file__ or "").with_name("a.sum")
-        sums.write_text("1 + 1 = 2\n1 + 2\n2 + 2 = 4\n", "utf-8")
-        bad = BadRecord(f"no ' = ' in the line: {sums} line 2")
-        whole = [{"query": "1 + 1", "response": "2"}, bad, {"query": "2 + 2", "response": "4"}]
-        assert list(source.load(path=sums)) == whole and source.files(path=sums) == [sums]
-        assert [list(source.load_from(start, path=sums)) for start in range(4)] == [whole[n:] for n in range(4)]
-        plugins = load_plugins([module])
-        assert source_of(sums, plugins) == source and format_of(sums, plugins)[0][0].name == "query_response"
-    for data_map in (one for one in offers.get("mmft_data_maps", ()) if one.write):
-        record = {"ask": "q", "choices": [{"text": text, "right": True} for text in "ab"]}
-        sample = data_map.fn(record)
-        assert len(sample.notes) == 1
-        assert data_map.fn(data_map.write(sample)) == replace(sample, notes=())
-        assert has_column(record, "choices[].right") and data_map.columns[1:] == ("choices[].text", "choices[].right")
-        with pytest.raises(DataError):
-            data_map.write(Document("text"))
-
-
-def test_the_blocks_of_hooks_implement_every_hook() -> None:
-    from mmft.plugins import CATALOGS, EVENTS
-
-    implemented = set(re.findall(r"^def (mmft_\w+)", "\n".join(HOOK_BLOCKS), re.MULTILINE))
-    assert implemented == {*CATALOGS, *EVENTS}
-
-
-def test_the_events_of_hooks_do_what_the_page_says(module_of: Callable[[str, str], ModuleType]) -> None:
-    from types import SimpleNamespace
-
-    modules = [module_of(f"event_{number}", text) for number, text in enumerate(HOOK_BLOCKS)]
-    config = SimpleNamespace(optim=SimpleNamespace(lr=0.5))
-    plugins = Plugins([read_plugin(module) for module in modules])
-    problems = [str(problem) for problem in plugins.call("mmft_check_config", config=config, plugins=plugins)]
-    assert problems == ["optim.lr: 0.5 is above the house limit; use 0.01 or less"]
-    assert [type(c).__name__ for c in plugins.call("mmft_callbacks", config=config)] == ["Bell"]
-    group = click.Group()
-    plugins.call("mmft_add_commands", cli=group)
-    assert list(group.commands) == ["greet"]
-
-
-def test_the_tool_of_hooks_rolls_what_the_page_says(module_of: Callable[[str, str], ModuleType]) -> None:
-    (source,) = (text for text in HOOK_BLOCKS if "def mmft_tools" in text)
-    (tool,) = read_plugin(module_of("documented_tool", source)).offers["mmft_tools"]
-    assert {int(tool.run(sides=6)) for _ in range(200)} <= set(range(1, 7))
-    with pytest.raises(MmftError, match="2 to 1,000 sides, not 1"):
-        tool.run(sides=1)
 
 
 def test_life_of_a_sample_prints_what_the_page_shows() -> None:

@@ -47,11 +47,16 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
         "{file} line 2: the file ends inside this line, which starts at byte ",
     ),
     "latin-1 JSON": ("data.json", lambda whole: b"[" + LATIN1 + b"]", "{file} line 1: not UTF-8 at byte 51: "),
+    "GBK JSON": (
+        "data.json",
+        lambda whole: '[{"instruction": "请介绍一下你自己。"}]'.encode("gbk"),
+        "{file} line 1: not UTF-8 at byte 18: ",
+    ),
     "JSON that is not a list": ("data.json", lambda whole: b"3", "{file}: a number; allowed: a list of objects"),
     "JSON lines under the name of JSON": (
         "data.json",
         lambda whole: b'{"a": 1}\n{"a": 2}\n',
-        "{file}: not JSON at line 2 column 1: Extra data; a file of one object a line is 'jsonl'",
+        "{file}: not JSON at line 2 column 1: Extra data; a file of one object a line is 'jsonl': in a config use(",
     ),
     "JSON under the name of JSON lines": (
         "data.jsonl",
@@ -60,7 +65,13 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     ),
     "empty": ("data.jsonl", lambda whole: b"\n \n", "{file}: the file is empty; allowed: one object a line"),
 }
-REMEDY = {"truncated": "download it again", "cut": "download it again", "latin-1": "iconv -f LATIN1 -t UTF-8"}
+REMEDY = {
+    "truncated": "download it again",
+    "cut": "download it again",
+    "latin-1": "iconv -f LATIN1 -t UTF-8",
+    "under the name of JSON": "--source json",
+    "GBK": "iconv -f GB18030 -t UTF-8",
+}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,6 +11,7 @@ from bad_bench import GOOD, PATCHES, Bench, told
 from PIL import Image as Pillow
 
 from mmft.data.collate import BAD_SAMPLES
+from mmft.data.image_paths import ImageFinder, is_mended
 from mmft.errors import DataError
 from mmft.plugins import Plugins
 
@@ -142,3 +143,11 @@ def test_an_unusual_picture_is_trained_on_upright_and_in_its_colours(name: str, 
     assert pixels.shape == (3, 8, 8)
     seen = [pixels[:, y, x].tolist() for y in (1, 6) for x in (1, 6)]
     assert np.abs(np.array(seen) - np.array(corners)).max() <= 2  # JPEG rounds
+
+
+def test_a_picture_told_to_be_spelled_as_on_windows_is_looked_for_again(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"its path is in Windows' form: .*write / for \\: sub/0.png") as refused:
+        ImageFinder(tmp_path).find(r"sub\0.png")
+    assert not is_mended(str(refused.value))
+    (tmp_path / r"sub\0.png").write_bytes(b"x")  # a file may really be called so
+    assert is_mended(str(refused.value)) and ImageFinder(tmp_path).find(r"sub\0.png") == str(tmp_path / r"sub\0.png")

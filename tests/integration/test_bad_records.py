@@ -53,6 +53,14 @@ RECORDS: dict[str, tuple[Any, str]] = {
         told("<image>?", "A dot.", image="no.png"),
         "image not found: {images}/no.png",
     ),
+    "an image spelled as on Windows": (
+        told("<image>?", "A dot.", image=r"sub\0.png"),
+        r"image not found, its path is in Windows' form: {images}/sub\0.png; write / for \: sub/0.png",
+    ),
+    "an image on a drive of Windows": (
+        told("<image>?", "A dot.", image="D:/data/0.png"),
+        "image not found, its path is in Windows' form: {images}/D:/data/0.png; in WSL write /mnt/d/data/0.png",
+    ),
     "an image that is a folder": (told("<image>?", "A dot.", image="."), "image not found: {images}/."),
     "a path that leaves the folder": (
         told("<image>?", "A dot.", image="../secret.png"),

@@ -152,6 +152,9 @@ def test_a_file_is_recognised_and_checked_without_a_model(mmft: Mmft) -> None:
         "looks like llava: it has " in result.output
         and "not opened; say where they are with --image-folder" in result.output
     )
+    unopened = "all records can be trained on, but none of the 1 pictures was opened: say where they are"
+    assert f"ok: {unopened}" in result.output and "all of it can be trained on" not in result.output
+    assert unopened[1:] in Path("work_dirs/check/llava/report.html").read_text("utf-8")
     write(Path("llava.json"), [*records, records[0], qa("Marks.", "<image> and <image>")])
     options = ("--data-map", "llava", "--image-folder", "pictures", "--max-bad-fraction")
     assert mmft("check", "llava.json", *options, "0.1").exit_code == 2
@@ -193,6 +196,9 @@ def test_a_file_broken_in_the_middle_tells_where_and_what_was_read_before(mmft: 
     ("arguments", "said"),
     [
         (["no.jsonl"], "no.jsonl: no such file"),
+        (["no.json"], "no.json: no such file; give a data file, or a config"),
+        ([r"D:\no.json"], "in WSL /mnt/d/no.json"),
+        ([r"D:\no.jsonl"], "in WSL /mnt/d/no.jsonl"),
         (["empty.jsonl"], "empty.jsonl: "),
         (["odd.jsonl"], "odd.jsonl: no data map knows records with the keys zzz; name one with --data-map: "),
         (["odd.jsonl", "--data-map", "alpacca"], "did you mean 'alpaca'"),

@@ -88,6 +88,18 @@ def test_a_loss_that_is_not_finite_names_step_records_and_the_first_module(parts
     assert "\n" not in told
 
 
+def test_before_any_update_the_remedy_is_no_lower_rate_and_the_plugin_of_the_part_is_named(parts, tmp_path):
+    model, batches = parts
+    model.projector.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    with pytest.raises(TrainingError) as caught:
+        step(Guard(model, tmp_path), model, batches[:1], number=1)
+    told = str(caught.value)
+    assert "of projector 'mlp2x_gelu' of plugin 'llava' from mmft" in told
+    assert "no weight has been updated yet, so no lower optim.lr helps; look at these records" in told
+    with pytest.raises(TrainingError, match=r"look at these records, lower optim\.lr or optim\.max_grad_norm"):
+        step(Guard(model, tmp_path), model, batches[:1], number=2)
+
+
 def test_gradients_that_are_not_finite_are_traced_behind_a_finite_loss(parts, tmp_path):
     model, batches = parts
     root_of_zero = lambda module, inputs, output: output + (output * 0).abs().sqrt()  # noqa: E731  # 0 forward, nan back
@@ -178,4 +190,4 @@ def test_a_run_whose_rate_is_far_too_high_ends_with_one_line_and_its_last_finite
     assert f"the last checkpoint with finite weights is {run / 'checkpoint-2'};" in told
     path = run / "checkpoint-2" / "projector.safetensors"
     save_file({name: tensor * torch.inf for name, tensor in load_file(path).items()}, path)
-    assert f"is {run / 'checkpoint-1'};" in Guard(LlavaModel(torch.nn.Linear(1, 1)), run)._advice()
+    assert f"is {run / 'checkpoint-1'};" in Guard(LlavaModel(torch.nn.Linear(1, 1)), run)._advice(7)

@@ -296,7 +296,15 @@ def test_list_cfg_filters_by_name_and_summary(run: Run) -> None:
     assert everything[0].split() == ["NAME", "WHAT"]
     names = [line.split()[0] for line in run("list-cfg", "-p", "13B").out.splitlines()[1:]]
     assert names == ["llava_13b_finetune", "llava_13b_pretrain"] and len(everything) > 10
-    assert run("list-cfg", "--pattern", "no such thing").out.split() == ["NAME", "WHAT"]
+
+
+def test_list_cfg_says_where_nothing_matches(run: Run) -> None:
+    said = one_line(run("list-cfg", "-p", "llava_pretrian"))
+    assert said == "no config matches 'llava_pretrian'; did you mean 'llava_pretrain'?; see: mmft list-cfg"
+    for pattern in ("internlm2_chat_7b", "internlm2_chat_7b_qlora_oasst1_e3"):  # the second is XTuner's whole name
+        said = one_line(run("list-cfg", "-p", pattern))
+        assert said.startswith(f"no config matches '{pattern}'")
+        assert "mmft has one config for each kind of run" in said and "model.llm.path" in said
 
 
 def test_copy_cfg_prints_where_and_refuses_to_overwrite(run: Run, tmp_path: Path) -> None:

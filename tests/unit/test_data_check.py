@@ -3,20 +3,26 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.progress import Progress
 
+from mmft import hookimpl
 from mmft.data import measure
 from mmft.data.argument import is_data_file, report_name
+from mmft.data.check_file import FileOptions, check_file
 from mmft.data.check_report import CheckReport, count_outcomes, heading, html_page, terminal_lines, write_report
 from mmft.data.headers import ImageReport
 from mmft.data.measure import duplicates, hash_samples, hash_text, histogram
 from mmft.data.store import Drop, TokenStore
 from mmft.data.visible import one_line, visible
-from mmft.plugins import Plugins
+from mmft.plugins import Plugins, load_plugins
+from mmft.specs import DataMap
+from mmft.types import Conversation, Image, Message, RawRecord, Text
 
 EVIL = '<script>alert(1)</script>\x1b[31m\x9b\u202e"\ud800'
 
@@ -172,3 +178,31 @@ def test_a_folder_is_data_unless_it_is_a_run_or_called_as_a_config(
 @pytest.mark.parametrize(("glob", "name"), [("a/b.jsonl", "b"), ("a/b/*.jsonl", "b"), ("*.jsonl", "files")])
 def test_the_report_of_a_glob_is_called_as_its_folder(glob: str, name: str) -> None:
     assert report_name(Path(glob)) == name
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("What?", "2 images, placed by the data map: no record has <image> marks"),
+        ("<image> What?", "2 <image> marks, 2 images"),
+        ("<image> <image>?", "4 <image> marks, 2 images; they differ in 2 records, first record 1"),
+    ],
+)
+def test_marks_are_held_against_images_only_where_the_format_has_marks(
+    tmp_path: Path, question: str, said: str
+) -> None:
+    """A format of a plugin may say in a column that a picture comes first."""
+    module = ModuleType("acme")
+
+    def seen(record: RawRecord) -> Conversation:
+        asked = Message("user", (Image(record["pic"]), Text(record["q"])))
+        return Conversation((asked, Message("assistant", (Text("a"),))))
+
+    def mmft_data_maps() -> list[DataMap]:
+        return [DataMap(name="acme_vqa", fn=seen)]
+
+    vars(module)["mmft_data_maps"] = hookimpl(mmft_data_maps)
+    (tmp_path / "a.json").write_text(json.dumps([{"pic": "1.png", "q": question}] * 2), "utf-8")
+    options = FileOptions(data_map="acme_vqa")
+    report = check_file(tmp_path / "a.json", load_plugins([module]), options, Progress(disable=True))
+    assert dict(report.facts)["image marks"] == said

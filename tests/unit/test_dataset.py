@@ -142,7 +142,7 @@ def mmft_data_maps():
         ("record.x", "data map 'acme' failed: AttributeError: 'dict' object has no attribute 'x'"),
         ("'x' + 1", "data map 'acme' failed: TypeError: "),
         ("[][0]", "data map 'acme' failed: IndexError: list index out of range"),
-        ("return 7", "data map 'acme' failed: "),
+        ("return 7", "data map 'acme' gave an int, "),
     ],
 )
 def test_a_map_that_fails_on_a_record_drops_it_with_the_maps_name_and_the_error(

@@ -3,7 +3,9 @@
 import json
 import sys
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -97,8 +99,43 @@ def test_a_4_bit_layer_without_gradient_is_a_problem(monkeypatch: pytest.MonkeyP
 def test_offline_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert [finding.level for finding in doctor.environment()] == ["note"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that answers every question with 401, as one does that asks for a login."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """No lines between the test names."""
+
+
+def test_the_hub_is_asked_whether_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in doctor.OFFLINE:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert [finding.level for finding in doctor.environment()] == ["ok"]
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    (found,) = doctor.environment()
+    assert found.level == "ok" and found.what == f"{url} answers (HF_HUB_OFFLINE=0, HF_ENDPOINT={url})"
+    server.shutdown()
+    server.server_close()
+    (found,) = doctor.environment()
+    assert found.level == "note" and found.what.startswith(f"{url} is not reached: ")
+    assert "HF_ENDPOINT" in found.remedy and "model.hub='modelscope'" in found.remedy and "folder" in found.remedy
+
+
+def test_a_package_of_several_extras_is_asked_for_by_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["mmft_gguf_x; extra == 'demo'", "mmft_onnx_x; extra == 'demo'", "mmft_gguf_x; extra == 'gguf'"]
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    found = {finding.name: finding for finding in doctor.packages()}
+    assert found["mmft_gguf_x"].what == "not installed; only needed for mmft[gguf], mmft[demo]"
+    assert found["mmft_gguf_x"].remedy == "pip install 'mmft[gguf]'"
+    assert found["mmft_onnx_x"].remedy == "pip install 'mmft[demo]'"
 
 
 def test_a_check_that_fails_itself_does_not_end_the_others(

@@ -210,6 +210,29 @@ def test_checkpointing_shorter_rows_and_fewer_targets_all_need_less(
     assert planner.estimate(config, [BatchShape(TEXT.lengths, 10)]).total < whole
 
 
+def test_samples_that_share_a_row_are_simulated_together_without_changing_the_peak(
+    make: Callable[..., TrainConfig], plugins: Plugins
+) -> None:
+    config = make(ADAPTED)
+    planner = Planner(plugins, describe_model(config.model, plugins), "cpu")
+    many, few = BatchShape((50,) * 16, 400), BatchShape((200,) * 4, 400)
+    assert planner.estimate(config, [many]).total == planner.estimate(config, [few]).total
+    positions = batch_inputs(planner._skeleton(config), config, many, 0)["position_ids"]
+    assert (int((positions == 0).sum()), int(positions.max()), positions.shape[1]) == (4, 49, 800)
+
+
+@pytest.mark.parametrize("own", [{"sliding_window": 100}, {"attention_dropout": 0.1}], ids=["window", "dropout"])
+def test_samples_whose_scores_are_kept_whole_are_simulated_apart(
+    own: dict[str, Any], make: Callable[..., TrainConfig], plugins: Plugins
+) -> None:
+    config = make(ADAPTED)
+    skeleton = Planner(plugins, describe_model(config.model, plugins), "cpu")._skeleton(config)
+    for name, value in own.items():
+        setattr(skeleton.model.llm.config, name, value)
+    positions = batch_inputs(skeleton, config, BatchShape((50,) * 16, 400), 0)["position_ids"]
+    assert int((positions == 0).sum()) == 16
+
+
 def test_accumulated_gradients_are_there_while_the_next_batch_is_computed(
     make: Callable[..., TrainConfig], plugins: Plugins
 ) -> None:

@@ -13,7 +13,7 @@ from mmft.config.load import dump_config, override
 from mmft.data.dataset import prepare
 from mmft.data.shape import describe_model
 from mmft.errors import ConfigError, MmftError
-from mmft.plan.advice import largest_batch
+from mmft.plan.advice import TRIES, largest_batch
 from mmft.plan.memory import Planner
 from mmft.plan.report import lines_of, make_report, parse_size, safe
 from mmft.plan.steps import SAMPLE, read_data
@@ -101,6 +101,27 @@ def test_the_batch_that_is_said_to_fit_fits_and_the_next_one_does_not(config: Tr
     assert planner.estimate(config, plan.batches(found)).total <= limit
     assert found >= 4
     assert largest_batch(planner, plan, planner.estimate(config, plan.batches(1)).total - 1) == 0
+
+
+def test_few_simulations_find_the_largest_batch_and_each_is_told(config: TrainConfig, plugins: Plugins) -> None:
+    shape, told = describe_model(config.model, plugins), list[str]()
+    planner, plan = Planner(plugins, shape, "cuda"), read_data(config, plugins, shape)
+    limit = planner.estimate(config, plan.batches(20)).total
+    found = largest_batch(planner, plan, limit, told.append)
+    assert found >= 18 and planner.estimate(config, plan.batches(found)).total <= limit
+    assert 2 < len(told) <= 1 + TRIES
+    assert told[:2] == [f"looking for the largest batch that fits: simulating one of {size}" for size in (1, 2)]
+
+
+def test_where_the_data_ends_before_the_memory_it_says_so(
+    config: TrainConfig, plugins: Plugins, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}]))
+    told: list[str] = []
+    text = "\n".join(lines_of(make_report(config, plugins, gpu="8GB", say=told.append)))
+    assert "largest optim.batch_size_per_device that fits: 1 (the data has only 1 row)" in text
+    assert told[0] == "reading the model's configuration and the data"
 
 
 def test_changes_save_what_they_say(config: TrainConfig, plugins: Plugins) -> None:

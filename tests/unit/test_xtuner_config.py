@@ -104,7 +104,8 @@ def test_a_picture_on_the_web_is_left_out_with_a_word(converted):
     """
     made, config = converted(LLAVA, after=hook.format("https://example.org/view.jpg"))
     assert config.runtime.samples == ()
-    assert "opens no URL" in said(made)
+    written = 'sample_steps=500, samples=(Prompt(text="What is it?", images=(Path("view.jpg"),)),)'
+    assert f"opens no URL; save the picture, and in Runtime write {written}" in said(made)
     _, config = converted(LLAVA, after=hook.format("data/view.jpg"))
     assert config.runtime.samples[0].images == (Path("data/view.jpg"),)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from xtuner_configs import IMPORTS, LLAVA, TEXT
+from xtuner_configs import IMPORTS, LLAVA, TEXT, said
 
 from mmft.cli.convert_xtuner import xtuner_config
 from mmft.config.check import find_problems
@@ -78,7 +78,9 @@ def test_the_command_says_what_differs_and_fails_where_work_is_left(tmp_path, mo
     Path("old.py").write_text(IMPORTS + TEXT, "utf-8")
     done = CliRunner().invoke(xtuner_config, ["old.py"], standalone_mode=False)
     assert done.return_value == 0, done.output
-    assert "nothing to do by hand; next: mmft check old_mmft.py" in done.output
+    assert "next: mend in old_mmft.py what stands under 'mmft check finds'; then mmft check old_mmft.py" in done.output
+    assert "nothing to do by hand" not in done.output
+    assert "  - XTuner counts batches, mmft optimizer steps: intervals are divided by accumulate=" in done.output
     assert "packing" in done.output
     again = CliRunner().invoke(xtuner_config, ["old.py"], standalone_mode=False)
     assert "exists already" in str(again.exception)
@@ -86,3 +88,31 @@ def test_the_command_says_what_differs_and_fails_where_work_is_left(tmp_path, mo
     done = CliRunner().invoke(xtuner_config, ["old.py", "new.py"], standalone_mode=False)
     assert done.return_value == 1
     assert "to do by hand" in done.output
+
+
+def test_weights_of_xtuners_come_with_the_whole_command_that_brings_them(converted, tmp_path):
+    made, _ = converted(LLAVA)
+    command = "mmft convert import ./work_dirs/my_pretrain/iter_2181.pth work_dirs/my_pretrain/projector"
+    assert f'{command}, and set STAGE1 = Path("work_dirs/my_pretrain/projector")' in said(made)
+    made, _ = converted(TEXT, ("load_from = None", "load_from = 'a.pth'"))
+    assert f"mmft convert pth_to_hf {tmp_path / 'old.py'} a.pth work_dirs/old_start" in said(made)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "remedy"), [("gbk", "iconv -f GB18030 -t UTF-8"), ("cp1251", "where it was written")]
+)
+def test_a_config_that_is_not_utf8_is_told_with_its_line_and_the_remedy(tmp_path, plugins, encoding, remedy):
+    text = {"gbk": "'介绍一下你自己'", "cp1251": "'Привет! Как'"}[encoding]
+    path = tmp_path / "old.py"
+    path.write_bytes((IMPORTS + f"\nx = {text}\n").encode(encoding))
+    line = (IMPORTS + "\nx").count("\n") + 1
+    with pytest.raises(
+        ConfigError, match=rf"old.py:{line}: .* its text is not UTF-8; save the file as UTF-8.*{remedy}"
+    ):
+        translate(path, plugins)
+
+
+def test_a_config_that_declares_its_encoding_is_read_in_it(tmp_path, plugins):
+    path = tmp_path / "old.py"
+    path.write_bytes(("# -*- coding: gbk -*-\n" + IMPORTS + TEXT.replace("openai_map_fn,", "mine,")).encode("gbk"))
+    assert "mine" in said(translate(path, plugins))

@@ -127,3 +127,9 @@ def test_a_broken_file_is_one_line_with_its_place(tmp_path, plugins):
     path.write_text("from xtuner.model import X\n" + indent("x = 1", ""), "utf-8")
     with pytest.raises(ConfigError, match=r"has no `model`|names no data set"):
         translate(path, plugins)
+
+
+def test_an_old_config_with_chinese_comments_in_gbk_is_known_at_sight(tmp_path):
+    path = tmp_path / "old.py"
+    path.write_bytes("# 学习率\nfrom xtuner.model import SupervisedFinetune\n".encode("gbk"))
+    assert is_xtuner_config(path)

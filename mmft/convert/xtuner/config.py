@@ -81,17 +81,21 @@ def _translated(path: Path, top: Node, plugins: Plugins, report: Report) -> Tran
     written = data_call(data, model.image_tokens, model.is_llava, report)
     optim, accumulate = draft_optim(top, data.batch_size, model, report)
     runtime = draft_runtime(top, f"work_dirs/{path.stem}", model, accumulate, report)
-    _runner_settings(top, report)
+    _runner_settings(path, top, report)
+    if accumulate > 1:
+        counted = f"XTuner counts batches, mmft optimizer steps: intervals are divided by accumulate={accumulate}"
+        report.differs.insert(0, counted)
     parts = {"model": model.call, "data": written, "optim": optim, "runtime": runtime}
     call = Call("TrainConfig", *(Arg(name, part, heading=HEADINGS[name]) for name, part in parts.items()))
-    return Translation(_file(path, {**model.settings, **data.settings}, call, model, accumulate, report), report)
+    return Translation(_file(path, {**model.settings, **data.settings}, call, model, report), report)
 
 
-def _runner_settings(top: Node, report: Report) -> None:
+def _runner_settings(path: Path, top: Node, report: Report) -> None:
     if top.take("resume"):
         report.differ("resume = True: mmft train --resume")
     if (start := top.take("load_from")) is not None:
-        report.edit(f"load_from = {shown(start)}: weights of XTuner's; mmft convert import reads them")
+        command = f"mmft convert pth_to_hf {path} {start} work_dirs/{path.stem}_start"
+        report.edit(f"load_from = {shown(start)}: weights of XTuner's; bring them here: {command}")
     environment = top.node("env_cfg") or Node({}, "env_cfg", report)
     if environment.take("cudnn_benchmark"):
         report.lose("env_cfg.cudnn_benchmark = True")
@@ -102,7 +106,7 @@ def _runner_settings(top: Node, report: Report) -> None:
             report.lose(f"{name} = {shown(value)}; data.validation and runtime.evaluation measure a loss")
 
 
-def _file(path: Path, settings: dict[str, Any], call: Call, model: ModelDraft, accumulate: int, report: Report) -> str:
+def _file(path: Path, settings: dict[str, Any], call: Call, model: ModelDraft, report: Report) -> str:
     kind = "LLaVA" if model.is_llava else "Text SFT"
     body = source(call)
     names = [name for name in _NAMES if f"{name}(" in body or (name == "use" and "use(" in body)]
@@ -115,7 +119,7 @@ def _file(path: Path, settings: dict[str, Any], call: Call, model: ModelDraft, a
         f'"""{kind}, converted by mmft {__version__} from a config of XTuner 0.1:',
         "",
         f'{path.name}"""'.replace("\\", "/"),
-        *_remarks(accumulate, report),
+        *_remarks(report),
         "",
         *(["from pathlib import Path", ""] if uses_path else []),
         names_line,
@@ -141,14 +145,11 @@ def _settings(settings: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _remarks(accumulate: int, report: Report) -> list[str]:
+def _remarks(report: Report) -> list[str]:
     """Comment lines: what is to do by hand, what differs, what has no counterpart."""
-    steps = []
-    if accumulate > 1:
-        steps = [f"XTuner counts batches, mmft optimizer steps: intervals are divided by accumulate={accumulate}"]
     blocks = (
         ("To do by hand", report.edits),
-        ("Done otherwise here", steps + report.differs),
+        ("Done otherwise here", report.differs),
         ("No counterpart", report.lost),
     )
     lines = []

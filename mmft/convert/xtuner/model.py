@@ -200,11 +200,13 @@ def _projector_weights(model: Node, draft: ModelDraft, report: Report) -> Raw | 
         return None
     folder = Path(checkpoint).parent if checkpoint.endswith(".pth") else Path(checkpoint)
     inside = folder if folder.name else Path("work_dirs") / Path(checkpoint).stem
+    brought = inside / "projector"
+    command = f"mmft convert import {checkpoint} {brought}"
     draft.settings["STAGE1"] = Arg(
-        "STAGE1", path_of(str(inside / "final")), "stage 1's run by mmft; XTuner's own .pth: mmft convert import"
+        "STAGE1", path_of(str(inside / "final")), f"stage 1's run by mmft; of XTuner's own .pth: {brought}"
     )
     report.differ(
-        f"model.pretrained_pth = {checkpoint}: read from {inside / 'final'}, where mmft's stage 1 leaves it; "
-        "to start from XTuner's own projector: mmft convert import"
+        f"model.pretrained_pth = {checkpoint}: read from {inside / 'final'}, where mmft's stage 1 leaves it; to start "
+        f'from XTuner\'s own projector: {command}, and set STAGE1 = Path("{brought}")'
     )
     return Raw("STAGE1")

@@ -1,11 +1,12 @@
 """Parts 4 and 5 of an XTuner config, optimizer, schedule and hooks, as our `Optim` and `Runtime`."""
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from mmft.convert.xtuner.model import ModelDraft
 from mmft.convert.xtuner.names import BUILT_IN_HOOKS, OPTIMIZERS, TRACKERS
 from mmft.convert.xtuner.report import Node, Report, last_name, shown
-from mmft.convert.xtuner.write import Call, path_of
+from mmft.convert.xtuner.write import Call, one_line, path_of
 
 WARM_UPS = {"LinearLR", "ConstantLR"}
 SCHEDULES = {"CosineAnnealingLR": "cosine", "PolyLR": "polynomial", "LinearLR": "linear", "ConstantLR": "constant"}
@@ -204,17 +205,17 @@ def _samples(hook: Node, model: ModelDraft, accumulate: int, report: Report) -> 
     if hook.take("max_new_tokens"):
         report.lose(f"{hook.where('max_new_tokens')}: samples have a length of their own")
     hook.close(same=("tokenizer", "image_processor", "prompt_template", "stop_word"))
-    if any("://" in str(image) for image in images):
+    addresses = [str(image) for image in images if "://" in str(image)]
+    pictures = tuple(path_of(PurePosixPath(str(image)).name if addresses else str(image)) for image in images) or None
+    prompts = tuple(Call("Prompt", text=text, images=pictures) for text in texts)
+    if addresses:
+        asked = f", and in Runtime write sample_steps={_steps(int(every), accumulate)}" if texts and every else ""
+        written = f"{asked}, samples={one_line(prompts)}" if asked else ""
         report.lose(
-            f"{hook.where('evaluation_images')} = {shown(images[0])}: mmft opens no URL; save the picture and add "
-            "runtime.samples with its path"
+            f"{hook.where('evaluation_images')} = {shown(addresses[0])}: mmft opens no URL; save the picture{written}"
         )
         return None, None
-    if not texts or not every:
-        return None, None
-    pictures = tuple(path_of(str(image)) for image in images) or None
-    prompts = tuple(Call("Prompt", text=text, images=pictures) for text in texts)
-    return _steps(int(every), accumulate), prompts
+    return (_steps(int(every), accumulate), prompts) if texts and every else (None, None)
 
 
 def _trackers(top: Node, report: Report) -> Any:

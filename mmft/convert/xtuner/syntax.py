@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmft.convert.xtuner.parse import parsed
 from mmft.errors import ConfigError, Problem
 
 MAX_DEPTH = 8  # files that build on each other
@@ -317,13 +318,8 @@ def read_assignments(path: Path) -> dict[str, Any]:
 def _read(path: Path, depth: int) -> dict[str, Any]:
     if depth > MAX_DEPTH:
         raise ConfigError([Problem(str(path), f"more than {MAX_DEPTH} config files build on each other")])
-    try:
-        tree = ast.parse(path.read_text("utf-8"))
-    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ConfigError([Problem(f"{path}{line}", f"cannot be read as Python: {error}")]) from None
     reader = _Reader(path, depth)
-    reader.statements(tree.body)
+    reader.statements(parsed(path).body)
     bases = reader.values.pop("_base_", ())
     below: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:

@@ -47,7 +47,7 @@ def path_of(text: str) -> Call:
 
 def source(value: Any, depth: int = 0, used: int = 0) -> str:
     """Python source of a value, for a place `depth` levels in where `used` characters of the line are taken."""
-    line = _one_line(value)
+    line = one_line(value)
     if line is not None and len(INDENT) * depth + used + _width(line) + len(",") <= WIDTH:
         return line
     inner = INDENT * (depth + 1)
@@ -70,20 +70,20 @@ def _width(text: str) -> int:
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def _one_line(value: Any) -> str | None:
+def one_line(value: Any) -> str | None:
     """All of it on one line; None where a comment or a heading wants its own."""
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, Call):
         parts = []
         for item in value.arguments:
-            text = _one_line(item.value)
+            text = one_line(item.value)
             if item.comment or item.heading or text is None:
                 return None
             parts.append(f"{item.name}={text}" if item.name else text)
         return f"{value.function}({', '.join(parts)})"
     if isinstance(value, tuple | list):
-        texts = [_one_line(item) for item in value]
+        texts = [one_line(item) for item in value]
         if any(text is None for text in texts):
             return None
         joined = ", ".join(text for text in texts if text is not None)
