@@ -144,11 +144,14 @@ class FeatureStore:
 def encoder_digest(encoder: Use, info: VisionInfo, dtype: torch.dtype) -> str:
     """Of everything the features depend on but the picture: name, options, transform, dtype, and local files."""
     digest = hashlib.sha256(f"{encoder.model_dump_json()} {info.transform!r} {dtype} {torch.__version__}".encode())
-    folder = Path(str(encoder.options.get("path", "")))
-    if encoder.options.get("path") and folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".bin"):
-                digest.update(f"{path.name} {_sha256(str(path))}".encode())
+    for option in encoder.options.values():
+        place = Path(option) if isinstance(option, str | Path) and str(option) else None
+        if place and place.is_file():
+            digest.update(f"{place.name} {_sha256(str(place))}".encode())
+        elif place and place.is_dir():
+            for path in sorted(place.iterdir()):
+                if path.suffix in (".json", ".safetensors", ".bin"):
+                    digest.update(f"{path.name} {_sha256(str(path))}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,8 @@ def blamed(where: str, function: Callable[..., Any]) -> Iterator[None]:
     except PluginError:
         raise
     except MmftError as error:
-        raise PluginError(f"{where}: {error}") from error
+        told = str(error)
+        raise PluginError(told if told.startswith(where) else f"{where}: {told}") from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"{where}: {described(error, getattr(function, '__module__', None))}") from error
 

@@ -287,9 +287,9 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_130(world, plugins, first):
     original = run.make_trainer
 
     def with_ctrl_c(*args, **options):
-        trainer, interrupt, sampling = original(*args, **options)
+        trainer, *others = original(*args, **options)
         trainer.add_callback(PressCtrlC())
-        return trainer, interrupt, sampling
+        return trainer, *others
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_trainer", with_ctrl_c)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
+from mmft.config import Use
 from mmft.errors import DataError
-from mmft.modeling.features import FeatureStore
+from mmft.modeling.features import FeatureStore, encoder_digest
 from mmft.specs import VisionInfo
 from mmft.types import Image
 
@@ -92,3 +93,18 @@ def test_a_store_of_nothing_but_broken_pictures_still_reads(pictures: Any, opene
     store = opened()
     assert store.fill([pictures.cut], Counting(), pixels, refuse=False) == 0
     assert read(store, pictures.cut) == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("option", ["path", "weights"])
+@pytest.mark.parametrize("inside", ["", "model.safetensors"])
+def test_other_weights_in_a_file_or_folder_of_any_option_are_another_encoder(tmp_path, option, inside):
+    place = tmp_path / "encoder"
+    file = place / inside if inside else place
+    file.parent.mkdir(exist_ok=True)
+    encoder = Use(name="acme_vit", options={option: str(place), "width": 8})
+    info = VisionInfo(num_patches=4, hidden_size=8, transform=pixels)
+    digests = set()
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        digests.add(encoder_digest(encoder, info, torch.float32))
+    assert len(digests) == 2
