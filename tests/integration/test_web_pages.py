@@ -210,8 +210,8 @@ def test_a_login_that_is_wrong_is_refused_without_its_password(auth: list[str], 
     assert "b" not in str(refused.value).replace("be", "") or auth[0] != "a:b"
 
 
-def test_passwords_are_taken_from_the_environment() -> None:
-    result = CliRunner().invoke(web, env={"MMFT_WEB_AUTH": "ann:secret bob"})
+def test_passwords_are_taken_from_the_environment(tmp_path: Path) -> None:
+    result = CliRunner().invoke(web, [str(tmp_path)], env={"MMFT_WEB_AUTH": "ann:secret bob"})
     assert "not USER:PASSWORD" in str(result.exception) and "secret" not in str(result.exception)
 
 
