@@ -196,12 +196,12 @@ def _vision(choice: ModelChoice, plugins: Plugins, encoder: str, projector: Path
         raise ModelError(f"--projector {projector}: no such file; give a .safetensors file, or a model folder")
     layer = {} if choice.select_layer is None else {"select_layer": choice.select_layer}
     if (folder / MANIFEST).is_file() and (known := read_manifest(folder, verify=False).model.vision):
-        options = {**known.encoder.options, "path": encoder, **layer}
+        options = {**known.encoder.options, _folder_option(plugins, known.encoder.name): encoder, **layer}
         update = {"encoder": Use(name=known.encoder.name, options=options), "projector_weights": file}
         return known.model_copy(update={**update, "lora": None, "trainable": False, "feature_cache": None})
     kind = str(_config_of(encoder).get("model_type", ""))
     name = next((name for name in plugins.vision_encoders.names() if kind.startswith(name)), "vit")
-    use = Use(name=name, options={"path": encoder, **layer})
+    use = Use(name=name, options={_folder_option(plugins, name): encoder, **layer})
     try:
         width = plugins.vision_encoders.get(name).describe(**use.options).hidden_size
     except (OSError, ValueError, TypeError) as error:
@@ -209,6 +209,14 @@ def _vision(choice: ModelChoice, plugins: Plugins, encoder: str, projector: Path
     text = text.get("text_config", text)
     spec = _projector_of(file, plugins, width, int(text.get("hidden_size", 0)))
     return Vision(encoder=use, projector=Use(name=spec), projector_weights=file)
+
+
+def _folder_option(plugins: Plugins, name: str) -> str:
+    """Which option of a vision encoder takes a folder or a name on a hub."""
+    option = plugins.vision_encoders.get(name).hub_option
+    if option is None:
+        raise ModelError(f"--vision-encoder: {name!r} reads no such folder; give the run's own model folder instead")
+    return option
 
 
 def _projector_of(file: Path, plugins: Plugins, width: int, out: int) -> str:

@@ -1,7 +1,9 @@
 """Whatever a model is kept as, it is talked to in the same way."""
 
 import json
+import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, LlavaConfig
 from transformers import LlavaForConditionalGeneration as HfLlava
 
+from mmft import VisionEncoderSpec, hookimpl
 from mmft.chat.loading import ModelChoice, load_choice
 from mmft.chat.session import ChatSession
+from mmft.config import LLM, Data, Dataset, Model, Optim, Runtime, TrainConfig, Vision, use
 from mmft.errors import MmftError, ModelError
 from mmft.inference import Assistant
-from mmft.plugins import Plugins
+from mmft.modeling.checkpoint import write_manifest
+from mmft.plugins import Plugins, load_plugins
 from mmft.testing import save_image_processor, tiny_llm, tiny_vision
 
 CPU = {"device": "cpu"}
@@ -209,6 +214,42 @@ def test_missing_parts_and_a_projector_that_does_not_fit_are_one_line(
     other = tiny_llm(tmp_path / "wider", width=64)
     with pytest.raises(ModelError, match=r"no projector from 32 \(the encoder\) to 64 .* has its weights \(0\.bias"):
         load(plugins, llm=other, vision_encoder=clip, projector=projector)
+
+
+@pytest.mark.parametrize(("hub_option", "error"), [("folder", None), (None, "'own' reads no such folder")])
+def test_an_encoder_gets_its_folder_in_the_option_that_it_names(
+    hub_option: str | None, error: str | None, llm: Path, clip: Path, projector: Path, tmp_path: Path
+) -> None:
+    theirs = load_plugins().vision_encoders.get("clip")
+
+    @hookimpl
+    def mmft_vision_encoders() -> list[VisionEncoderSpec]:
+        def describe(*, folder: str) -> Any:
+            return theirs.describe(path=folder)
+
+        def build(*, folder: str) -> Any:
+            return theirs.build(path=folder)
+
+        return [VisionEncoderSpec(name="own", describe=describe, build=build, hub_option=hub_option)]
+
+    own = ModuleType("own")
+    own.mmft_vision_encoders = mmft_vision_encoders  # type: ignore[attr-defined]
+    plugins = load_plugins([own])
+    vision = Vision(encoder=use("own", folder="gone"), projector=use("mlp2x_gelu"))
+    dataset = Dataset(source=use("json", path="gone.json"), data_map="llava")
+    data = Data(datasets=(dataset,), max_length=64, chat_template="vicuna")
+    config = TrainConfig(
+        model=Model(llm=LLM(path=str(llm)), vision=vision), data=data,
+        optim=Optim(lr=1e-3, max_steps=1, batch_size_per_device=1), runtime=Runtime(output_dir=tmp_path),
+    )  # fmt: skip
+    write_manifest(tmp_path, config, plugins, "fp32")
+    shutil.copy(projector, tmp_path)
+    parts = {"llm": llm, "vision_encoder": clip, "projector": tmp_path}
+    if error is None:
+        assert load(plugins, **parts).sees
+    else:
+        with pytest.raises(ModelError, match=error):
+            load(plugins, **parts)
 
 
 @pytest.mark.parametrize(
