@@ -233,7 +233,7 @@ def told_by_two(rank: int, folder: Path) -> None:
 def test_ranks_judge_together_and_one_of_them_writes_the_list(tmp_path: Path) -> None:
     for rank in "01":
         (tmp_path / rank).mkdir()
-    torch.multiprocessing.start_processes(told_by_two, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(told_by_two, (tmp_path,), nprocs=2, start_method="spawn")
     lines = (tmp_path / "dropped.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["record"] for line in lines] == [4, 5]
     assert "3 of 100 samples" in (tmp_path / "0" / "error").read_text("utf-8")

@@ -78,7 +78,7 @@ def test_pictures_that_ranks_could_not_read_are_one_account(tmp_path):
 
     for rank in "01":
         (tmp_path / rank).mkdir()
-    torch.multiprocessing.start_processes(shared_by_two, (tmp_path,), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(shared_by_two, (tmp_path,), nprocs=2, start_method="spawn")
     assert listed(tmp_path) == [40, 90, 41, 91]
     assert "dropped 4 of the 10 records read" in (tmp_path / "0" / "error").read_text("utf-8")
     for name in ("error", "stream.json"):
