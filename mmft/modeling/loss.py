@@ -100,8 +100,8 @@ def piece_size(causal_lm: Any) -> int | None:
     try:
         expected = causal_lm(**inputs).logits.float()
         found = logits_of(causal_lm, causal_lm.base_model(**inputs).last_hidden_state).float()
-    except (AttributeError, TypeError) as error:
-        logger.info("loss: logits of all trained tokens are computed at once (%s)", error)
+    except Exception as error:  # a model of somebody's own code may refuse in any way; it is then computed whole
+        logger.info("loss: logits of all trained tokens are computed at once (%s: %s)", type(error).__name__, error)
         return None
     if found.shape != expected.shape or (found - expected).abs().max() > 0.01 * expected.std():
         logger.info("loss: logits of all trained tokens are computed at once, because this model scales them")

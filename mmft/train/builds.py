@@ -10,7 +10,6 @@ from torch.utils.cpp_extension import get_default_build_root
 
 logger = logging.getLogger(__name__)
 
-LOCKS = ("*/lock", "*/*/lock")  # where TORCH_EXTENSIONS_DIR is set, and below a folder for each PyTorch where not
 QUIET = 120.0  # seconds without a new file, after which nobody whom we cannot see is compiling either
 
 
@@ -22,8 +21,8 @@ def clear_abandoned_builds(quiet: float = QUIET) -> None:
     process at work keeps the file open, so a lock that no process here has open is an abandoned one, or one of a
     container or a machine that shares the folder: that one is still adding files.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = [lock for pattern in LOCKS for lock in root.glob(pattern)]
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")  # a folder for each kernel; by default below one for each PyTorch
+    locks = list(Path(chosen).glob("*/lock") if chosen else Path(get_default_build_root()).glob("*/*/lock"))
     held = _open_files() if locks else set()
     for lock in locks:
         if lock.resolve() not in held:

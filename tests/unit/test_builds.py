@@ -21,7 +21,7 @@ def compile_forever(lock: Path, started) -> None:
 def compiling(tmp_path, monkeypatch):
     """A process that is compiling a kernel, and its lock."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    folder = tmp_path / "py311_cpu" / "some_kernel"
+    folder = tmp_path / "some_kernel"
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     started = context.Event()
@@ -66,3 +66,12 @@ def test_a_young_lock_of_nobody_here_is_waited_for_and_named_and_then_removed(co
 def test_where_nothing_was_ever_compiled_nothing_happens(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     clear_abandoned_builds()
+
+
+def test_files_named_lock_that_are_no_kernels_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    deeper = tmp_path / "project" / "database" / "lock"
+    deeper.parent.mkdir(parents=True)
+    deeper.touch()
+    clear_abandoned_builds(quiet=0)
+    assert deeper.exists()

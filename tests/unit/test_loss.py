@@ -111,6 +111,17 @@ def test_a_model_that_makes_its_logits_otherwise_is_noticed_and_computed_whole(c
     assert "at once" in caplog.text
 
 
+def test_a_model_that_cannot_be_tried_is_computed_whole_and_says_why(caplog):
+    caplog.set_level("INFO")
+
+    class NoEmbeddings(LlamaForCausalLM):
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            raise RuntimeError("this model wants input_ids")
+
+    assert loss.piece_size(NoEmbeddings(causal_lm("llama").config)) is None
+    assert "RuntimeError: this model wants input_ids" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_the_same_losses_in_pieces(dtype):
     llm = causal_lm("llama").to(dtype)
